@@ -1,0 +1,197 @@
+"""`adapt`: one call from a model to one that is ready to train.
+
+resolve → check → load → quantize → attach → report, read top to bottom below. It does not train, and it wraps no
+model in a class of its own: what comes back is PEFT's `PeftModel`, or for full fine-tuning the model itself.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_kit import base
+from lora_kit import quantization as bits
+from lora_kit.errors import UnsupportedError, listing
+from lora_kit.messages import say
+from lora_kit.methods import Method, resolve
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    # Any: the call returns PEFT's or transformers' own class, whose attributes the caller goes on to use
+    AdaptedModel = Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was done to a model; `adapt` leaves it on the model as `model.lora_kit_record`."""
+
+    method: str
+    options: dict[str, Any]
+    task: str | None
+    base: str | None
+    """Hub id or folder that the base came from."""
+    base_dtype: str
+    """Dtype of the base's weights before anything was changed, such as `"bfloat16"`."""
+    quantization: str
+    """`"16bit"`, `"8bit"` or `"4bit"`."""
+    parameters: int
+    """Number of parameters of the base, however they are stored."""
+    name: str = "default"
+    heads: tuple[str, ...] = field(default_factory=tuple)
+    """Paths, in the base, of modules that are trained whole."""
+
+
+def adapt(
+    model: "str | nn.Module",
+    method: Any = "lora",
+    *,
+    quantization: Any = None,
+    task: str | None = None,
+    dtype: "torch.dtype | str" = "auto",
+    device: str | None = None,
+    name: str = "default",
+    model_kwargs: dict[str, Any] | None = None,
+    **options: Any,
+) -> "AdaptedModel":
+    """Make a model ready to train by LoRA, prefix tuning or full fine-tuning. A loaded model is changed in place.
+
+    One line on standard error says what will be trained. Everything that can be refused is refused before any weight
+    is loaded or changed.
+
+    Args:
+        model: hub id, path of a folder, or a loaded `torch.nn.Module`.
+        method: `"lora"`, `"prefix"`, `"full"`, an option object such as `LoRA(rank=32)`, or any `peft.PeftConfig`.
+        quantization: None, `"8bit"`, `"4bit"` (NF4, double quantization, bfloat16 compute) or a `BitsAndBytesConfig`.
+            Works while loading and, layer by layer, on a model in memory, with the same quantized weights. Embeddings,
+            output head and task heads stay as they are.
+        task: what the model is for: `"causal-lm"`, `"seq2seq-lm"`, `"classification"`, `"token-classification"` or
+            `"question-answering"`. None: what the checkpoint says. Only for an id or a path.
+        dtype: dtype to load the weights in; `"auto"` is the checkpoint's own. Only for an id or a path.
+        device: where to put the model. None: a model to be loaded goes to the GPU if there is one.
+        name: name of the adapter.
+        model_kwargs: passed on to `from_pretrained`, such as `{"num_labels": 3}`. Only for an id or a path.
+        options: fields of the method's option class, such as `rank=32`.
+
+    Returns:
+        PEFT's `PeftModel`, or for `"full"` the model itself, in training mode and with the right parameters trainable.
+
+    Raises:
+        OptionError: unknown word, option or value, a rank larger than a matrix.
+        TargetError: a target module that matches nothing.
+        UnsupportedError: a combination that cannot work, such as full fine-tuning of a 4-bit model.
+        AlreadyAdaptedError: the model carries an adapter already.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        ... )
+        >>> model = adapt(LlamaForCausalLM(config), "lora", rank=4)
+        >>> model.peft_config["default"].r
+        4
+    """
+    chosen = resolve(method, options)
+    quantized = resolve_quantization(quantization, chosen)
+
+    source = base.examine(model, task=task, dtype=dtype, device=device, model_kwargs=model_kwargs)
+    bits.check(source.skeleton, quantized)
+    heads = base.heads_of(source.skeleton)
+    chosen.check(source.skeleton, heads)
+
+    if source.path is not None and quantized is not None:
+        quantized = bits.for_loading(quantized, source.skeleton, heads)
+    loaded, missing = base.load(source, quantized)
+    heads = base.heads_of(loaded, missing)
+    base_dtype = _dtype(loaded)
+    if source.path is None and quantized is not None:
+        bits.quantize_(loaded, quantized, heads)
+    bits.keep_gradients_right(loaded)
+
+    parameters = count_parameters(loaded)
+    attached = chosen.attach(loaded, heads, name)
+    record = Record(
+        method=chosen.word,
+        options=chosen.options(),
+        task=base.task_of(loaded),
+        base=source.path or getattr(getattr(loaded, "config", None), "_name_or_path", "") or None,
+        base_dtype=base_dtype,
+        quantization=bits.of(loaded) or "16bit",
+        parameters=parameters,
+        name=name,
+        heads=tuple(heads),
+    )
+    attached.model.lora_kit_record = record  # type: ignore[assignment] # a plain attribute of this instance
+    attached.model.train()
+    say(report(attached.model, chosen, attached.coverage, record))
+    return attached.model
+
+
+
+def resolve_quantization(word: Any, method: Method) -> Any:
+    """The bitsandbytes config, after refusing a method that cannot train on one."""
+    config = bits.resolve(word)
+    if config is not None and not method.quantizable:
+        raise UnsupportedError(
+            f"method {method.word!r} with quantization={word!r}: quantized matrices hold integers and cannot be "
+            "trained. Use method='lora' or 'prefix', or leave quantization out."
+        )
+    return config
+
+
+def report(model: "nn.Module", method: Method, coverage: str, record: Record) -> str:
+    """The one line: what is trained, how much of it, on what."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = [f"{method.word} ({method.size}): {coverage}"]
+    if record.heads and method.word != "full":
+        parts.append(f"trained whole: {listing(map(repr, record.heads), 4)}")
+    parts.append(f"{trainable:,} of {record.parameters:,} parameters trainable ({100 * trainable / record.parameters:.2f} %)")
+    quantized, total = bits.quantized_bytes(model)
+    weights = f"weights {total / 1e6:,.1f} MB, {record.base_dtype}"
+    if quantized:
+        weights += f", {quantized / 1e6:,.1f} MB of them {record.quantization}"
+    parts.append(weights)
+    return "; ".join(parts)
+
+
+def count_parameters(model: "nn.Module") -> int:
+    """Number of parameters, counting each 4-bit weight as one although two share a byte."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else parameter.numel()
+    return total
+
+
+def record_of(model: "nn.Module") -> Record:
+    """The record that `adapt` left, or one read off a model that plain PEFT or transformers made."""
+    found = getattr(model, "lora_kit_record", None)
+    if isinstance(found, Record):
+        return found
+    config = getattr(model, "peft_config", None)
+    inner = model.get_base_model() if config else model  # type: ignore[operator] # PeftModel's method
+    word = "full"
+    adapter = "default"
+    if config:
+        adapter = model.active_adapter  # type: ignore[assignment] # PeftModel's attribute
+        word = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config[adapter].peft_type.value, "peft")  # type: ignore[index] # a dict by name
+    return Record(
+        method=word,
+        options={},
+        task=base.task_of(inner),
+        base=getattr(getattr(inner, "config", None), "_name_or_path", "") or None,
+        base_dtype=_dtype(inner),
+        quantization=bits.of(inner) or "16bit",
+        parameters=count_parameters(inner),
+        name=adapter,
+        heads=tuple(base.heads_of(inner)),
+    )
+
+
+def _dtype(model: "nn.Module") -> str:
+    """The dtype that most of the floating-point weights have."""
+    sizes: dict[str, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            key = str(parameter.dtype).removeprefix("torch.")
+            sizes[key] = sizes.get(key, 0) + parameter.numel()
+    return max(sizes, key=lambda key: sizes[key]) if sizes else "float32"

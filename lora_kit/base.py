@@ -1,0 +1,226 @@
+"""A model from an id, a path or an object: its task, its dtype, its device, and heads that are new.
+
+transformers' warning lists and progress bars are left alone; what lora_kit has to say comes in one line at the end.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_kit import quantization
+from lora_kit.errors import AlreadyAdaptedError, OptionError, UnsupportedError, listing, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig, PretrainedConfig
+
+# task → (transformers' auto class, its table of class names)
+TASKS = {
+    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    "classification": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    "question-answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+}
+
+
+@dataclass
+class Source:
+    """What `adapt` was given, examined but not yet loaded."""
+
+    skeleton: "nn.Module"
+    """The model itself, or its twin without weights (on `meta`) where it is still to be loaded."""
+    task: str | None
+    path: str | None = None
+    """Hub id or folder to load from; None for an object."""
+    config: "PretrainedConfig | None" = None
+    dtype: "torch.dtype | str" = "auto"
+    device: str | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def _tables() -> dict[str, set[str]]:
+    from transformers.models.auto import modeling_auto
+
+    def names(table: str) -> set[str]:
+        values = getattr(modeling_auto, table).values()
+        return {n for value in values for n in (value if isinstance(value, tuple | list) else (value,))}
+
+    return {task: names(table) for task, (_, table) in TASKS.items()}
+
+
+def task_of_class(names: list[str], *, encoder_decoder: bool = False) -> str | None:
+    """The task that a class of one of these names is for, or None."""
+    tables = _tables()
+    # T5ForConditionalGeneration stands in more than one table; the config decides.
+    order = ["seq2seq-lm", *TASKS] if encoder_decoder else list(TASKS)
+    for name in names:
+        for task in order:
+            if name in tables[task]:
+                return task
+    return None
+
+
+def task_of(model: "nn.Module") -> str | None:
+    """The task that this model is for, by its class; None where transformers' tables do not know it."""
+    config = getattr(model, "config", None)
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return task_of_class(names, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
+
+
+def examine(
+    model: Any,
+    *,
+    task: str | None,
+    dtype: "torch.dtype | str",
+    device: str | None,
+    model_kwargs: dict[str, Any] | None,
+) -> Source:
+    """Find out what `model` is without loading any weight; refuse what cannot be worked with."""
+    from torch import nn
+
+    if task is not None and task not in TASKS:
+        raise OptionError(f"unknown task {task!r}; accepted: {listing(TASKS)}.{nearest(task, TASKS)}")
+    if isinstance(model, nn.Module):
+        given = {"task": task, "dtype": None if dtype == "auto" else dtype, "model_kwargs": model_kwargs}
+        for key, value in given.items():
+            if value:
+                raise OptionError(
+                    f"{key}={value!r} is for a model that is still to be loaded, but a loaded "
+                    f"{type(model).__name__} was given. Leave {key} out."
+                )
+        return _examine_object(model, device)
+    if not isinstance(model, str | Path):
+        raise OptionError(
+            f"model is a {type(model).__name__}; accepted: a hub id, the path of a folder, or a loaded torch.nn.Module."
+        )
+    return _examine_path(str(model), task, _torch_dtype(dtype), device, dict(model_kwargs or {}))
+
+
+def _torch_dtype(dtype: "torch.dtype | str") -> "torch.dtype | str":
+    import torch
+
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    accepted = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in accepted:
+        raise OptionError(f"unknown dtype {dtype!r}; accepted: auto, {listing(accepted)}.{nearest(dtype, accepted)}")
+    return accepted[dtype]
+
+
+def _examine_object(model: "nn.Module", device: str | None) -> Source:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if hasattr(model, "peft_config") or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise AlreadyAdaptedError(
+            f"this {type(model).__name__} already carries an adapter ({listing(getattr(model, 'peft_config', ['?']))}); "
+            "a second one around it could not be saved. Train the one that is there, or take the base back first: "
+            "model = model.unload()."
+        )
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedError("the model is compiled; adapt the model first and call torch.compile on the result.")
+    devices = {str(p.device) for p in model.parameters()}
+    if "meta" in devices:
+        raise UnsupportedError("the model has parameters on the device 'meta', that is, without values; load it first.")
+    if len(devices) > 1:
+        raise UnsupportedError(
+            f"the model is spread over the devices {listing(sorted(devices))}; load it on one, with "
+            "device_map={'': 0} or without device_map."
+        )
+    return Source(model, task_of(model), device=device)
+
+
+def _examine_path(
+    path: str, task: str | None, dtype: "torch.dtype | str", device: str | None, model_kwargs: dict[str, Any]
+) -> Source:
+    import torch
+    import transformers
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        if (Path(path) / "adapter_config.json").exists():
+            raise AlreadyAdaptedError(
+                f"{path} is an adapter, not a base model. To go on training it: load({path!r}, base=..., train=True)."
+            )
+        raise OptionError(f"the folder {path} has no config.json, so it is no model of transformers.")
+    from_config = {k: v for k, v in model_kwargs.items() if k in ("revision", "subfolder", "token", "trust_remote_code")}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **from_config)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"no model found for {path!r}: {str(error).splitlines()[0]}") from None
+    names = config.architectures or []
+    found = task_of_class(names, encoder_decoder=bool(config.is_encoder_decoder))
+    task = task or found
+    if task is None:
+        raise OptionError(
+            f"{path} is a {listing(names) or 'model'} without a head, so what to train it for is not known. "
+            f"Pass task=, one of: {listing(TASKS)}."
+        )
+    for key in list(model_kwargs):
+        # num_labels, id2label and the like belong to the config, and decide the shape of the head
+        if hasattr(config, key) or key in ("num_labels", "id2label", "label2id"):
+            setattr(config, key, model_kwargs.pop(key))
+    auto = getattr(transformers, TASKS[task][0])
+    extra = {k: v for k, v in model_kwargs.items() if k == "trust_remote_code"}
+    try:
+        with torch.device("meta"):
+            skeleton = auto.from_config(config, **extra)
+    except ValueError as error:
+        raise OptionError(f"{path} cannot be built for task={task!r}: {str(error).splitlines()[0][:300]}") from None
+    return Source(skeleton, task, path, config, dtype, device, model_kwargs)
+
+
+def load(source: Source, quantized: "BitsAndBytesConfig | None") -> "tuple[nn.Module, list[str]]":
+    """The model, and the paths of modules that the checkpoint had no weights for."""
+    import torch
+    import transformers
+
+    if source.path is None:
+        model = source.skeleton if source.device is None else source.skeleton.to(source.device)
+        return model, []
+    device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kwargs: dict[str, Any] = dict(source.model_kwargs)
+    if quantized is not None:
+        kwargs["quantization_config"] = quantized
+        kwargs["device_map"] = {"": device}
+    auto = getattr(transformers, TASKS[source.task or ""][0])
+    model, info = auto.from_pretrained(
+        source.path, config=source.config, dtype=source.dtype, output_loading_info=True, **kwargs
+    )
+    if quantized is None:
+        model.to(device)
+    else:
+        quantization.keep_gradients_right(model)
+    missing = sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
+    return model, missing
+
+
+def heads_of(model: "nn.Module", missing: list[str] | None = None) -> list[str]:
+    """Paths of the modules to train whole: task heads, and whatever the checkpoint had no weights for.
+
+    A head is known by its place: in a model for a task other than language modelling, everything beside the backbone.
+    """
+    backbone = getattr(model, "base_model_prefix", "")
+    heads = []
+    task = task_of(model)
+    if task not in (None, "causal-lm", "seq2seq-lm") and hasattr(model, backbone):
+        for name, child in model.named_children():
+            if name != backbone and any(True for _ in child.parameters()):
+                heads.append(name)
+    for path in missing or []:
+        if path and not any(path == head or path.startswith(f"{head}.") for head in heads):
+            heads.append(path)
+    return heads
+
+
+def tokenizer_of(model: "nn.Module | str") -> Any:
+    """The tokenizer that lies where the model came from, or None."""
+    import transformers
+
+    path = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not path:
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,98 @@
+"""What every method declares as data, and the two things that it can do."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lora_kit.errors import OptionError, listing, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Learning rates are declared for a model of this many parameters and scaled to the size at hand (`learning_rate`).
+REFERENCE_PARAMETERS = 22.7e6
+SIZE_EXPONENT = 0.3
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model ready to train, with what the report says of it."""
+
+    model: "nn.Module"
+    coverage: str
+
+
+class Method(ABC):
+    """A way to fine-tune: a frozen dataclass of options, with its facts as class variables.
+
+    A new method is one file beside this one and one entry in `METHODS`; comparison, command line, tests and the
+    README's table iterate over that registry.
+    """
+
+    word: ClassVar[str]
+    """How the method is called in `adapt(model, word)`."""
+    paper: ClassVar[str]
+    """Where it comes from."""
+    summary: ClassVar[str]
+    """What it trains, in one line."""
+    mergeable: ClassVar[bool]
+    """Whether the result can be written as a plain model."""
+    quantizable: ClassVar[bool]
+    """Whether it trains on an 8- or 4-bit base."""
+    rate: ClassVar[float]
+    """AdamW learning rate for a model of `REFERENCE_PARAMETERS` parameters."""
+    head_rate: ClassVar[float]
+    """The same for a newly initialised head."""
+    weight_decay: ClassVar[float]
+    warmup: ClassVar[float]
+    """Share of all steps over which the learning rate rises from zero."""
+
+    @property
+    @abstractmethod
+    def size(self) -> str:
+        """The size that was chosen, for tables: `"r 16"`, `"20 tokens"`."""
+
+    @abstractmethod
+    def check(self, model: "nn.Module", heads: list[str]) -> None:
+        """Raise a `LoraKitError` if this method cannot do what was asked with this model (weights may be on `meta`)."""
+
+    @abstractmethod
+    def attach(self, model: "nn.Module", heads: list[str], name: str) -> Attached:
+        """Wrap `model` in place, ready to train; `heads` are the paths of modules to train whole."""
+
+    def start_from(self, texts: list[str]) -> "Method":
+        """The same method, told a few texts of the task; methods that start from text make use of them."""
+        return self
+
+    def learning_rate(self, parameters: int, *, head: bool = False) -> float:
+        """AdamW learning rate for a model of so many parameters.
+
+        `rate × (22.7e6 / parameters) ** 0.3`: larger models want smaller steps. The exponent joins the rates that
+        `benchmarks/learning_rates.py` finds best on a 22.7 M encoder with those that hold for models of billions
+        of parameters: full 1e-4 → 1.7e-5 at 8 B, LoRA 1e-3 → 1.7e-4 (ten times full's, as in "LoRA Without Regret",
+        Schulman 2025), prefix 3e-2 → 7e-3 at 3 B (5e-3 is the best row of PEFT's own comparison).
+        """
+        rate = self.head_rate if head else self.rate
+        scaled = rate * (REFERENCE_PARAMETERS / max(parameters, 1)) ** SIZE_EXPONENT
+        return float(f"{scaled:.2g}")
+
+    def options(self) -> dict[str, Any]:
+        """The option fields and their values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type] # every final class is a dataclass
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> "Method":
+        """Build the option object from keywords; an unknown one is an error that lists the accepted ones."""
+        accepted = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type] # as above
+        for key in options:
+            if key not in accepted:
+                takes = f"accepted: {listing(accepted, 40)}" if accepted else "it takes no options"
+                raise OptionError(f"unknown option {key!r} for method {cls.word!r}; {takes}.{nearest(key, accepted)}")
+        return cls(**options)
+
+
+def positive_integer(method: str, field: str, value: object) -> None:
+    """Refuse anything but an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{method}: {field} must be an integer of at least 1, got {value!r}.")

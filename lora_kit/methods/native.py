@@ -1,0 +1,115 @@
+"""Any PEFT config as it is, and the one place where PEFT wraps a model."""
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lora_kit.errors import OptionError, TargetError, UnsupportedError
+from lora_kit.methods.method import Attached, Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Native(Method):
+    """A `peft.PeftConfig` that the caller wrote; lora_kit adds the task and the heads where they are left open."""
+
+    word: ClassVar[str] = "peft"
+    paper: ClassVar[str] = "https://huggingface.co/docs/peft"
+    summary: ClassVar[str] = "what the PEFT config says"
+    mergeable: ClassVar[bool] = True
+    quantizable: ClassVar[bool] = True
+    rate: ClassVar[float] = 1e-3
+    head_rate: ClassVar[float] = 1e-3
+    weight_decay: ClassVar[float] = 0.0
+    warmup: ClassVar[float] = 0.1
+
+    config: Any
+    """The config. It is copied, never changed."""
+
+    @classmethod
+    def wrap(cls, config: object) -> "Native":
+        """Refuse what is no PEFT config."""
+        from peft import PeftConfig
+
+        if not isinstance(config, PeftConfig):
+            raise OptionError(
+                f"method is a {type(config).__name__}; accepted: a word ('lora', 'prefix', 'full'), an option object "
+                "such as LoRA(rank=32), or any peft.PeftConfig."
+            )
+        return cls(config)
+
+    @property
+    def size(self) -> str:
+        return str(self.config.peft_type.value).lower()
+
+    def check(self, model: "nn.Module", heads: list[str]) -> None:
+        from lora_kit import targets
+
+        names = getattr(self.config, "target_modules", None)
+        if names and names != "all-linear":
+            targets.match(model, names)
+        saved = getattr(self.config, "modules_to_save", None) or ()
+        for module in saved:
+            if not any(path == module or path.endswith(f".{module}") for path, _ in model.named_modules()):
+                raise TargetError(
+                    f"modules_to_save names {module!r}, which matches no module of {type(model).__name__}; "
+                    "correct the name in the config."
+                )
+        if self.config.is_prompt_learning:
+            from lora_kit.methods.prefix import refuse_checkpointing
+
+            refuse_checkpointing(model)
+
+    def attach(self, model: "nn.Module", heads: list[str], name: str) -> Attached:
+        from lora_kit import targets
+
+        config = copy.deepcopy(self.config)
+        if config.task_type is None:
+            config.task_type = targets.peft_task(model)
+        if heads and hasattr(config, "modules_to_save"):
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
+        if heads and not hasattr(config, "modules_to_save"):
+            raise UnsupportedError(
+                f"{type(config).__name__} has no modules_to_save, so the head {heads[0]!r} could be neither trained "
+                "nor saved. Use method='lora'."
+            )
+        return Attached(wrap(model, config, name), f"as {type(config).__name__} says")
+
+
+def wrap(model: "nn.Module", config: Any, name: str) -> "nn.Module":
+    """`peft.get_peft_model`, with heads that train in float32 and without PEFT's transient warning.
+
+    A head in 16 bit would round its updates away, so the trained copy is float32 and casts its inputs.
+    """
+    import warnings
+
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # transformers deprecates an attribute that PEFT still reads on every call; nothing that a user could act on
+        warnings.filterwarnings("ignore", category=FutureWarning, module="peft|transformers")
+        adapted = get_peft_model(model, config, adapter_name=name)
+    train_heads_in_float32(adapted, name)
+    return adapted
+
+
+def train_heads_in_float32(model: "nn.Module", name: str) -> None:
+    """Cast the trained copies of `modules_to_save` to float32, in place, and their inputs on the way in."""
+    import torch
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if not isinstance(module, ModulesToSaveWrapper) or name not in module.modules_to_save:
+            continue
+        head = module.modules_to_save[name]
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in head.parameters()):
+            head.float()
+            head.register_forward_pre_hook(_cast_inputs_to_float32)
+
+
+def _cast_inputs_to_float32(module: "nn.Module", inputs: tuple) -> tuple:
+    import torch
+
+    return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
