@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger("lora_kit")
 
@@ -21,3 +23,18 @@ def say(line: str) -> None:
         logger.info(line)
     else:
         print(f"lora_kit: {line}", file=sys.stderr)
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Keep another package's logger from repeating itself while we call it; undone on the way out."""
+    other = logging.getLogger(name)
+    other.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        other.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False

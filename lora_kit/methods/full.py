@@ -28,7 +28,7 @@ class Full(Method):
     mergeable: ClassVar[bool] = True
     quantizable: ClassVar[bool] = False
     rate: ClassVar[float] = 1e-4
-    head_rate: ClassVar[float] = 1e-4
+    head_rate: ClassVar[float] = 1e-3
     weight_decay: ClassVar[float] = 0.01
     warmup: ClassVar[float] = 0.1
 

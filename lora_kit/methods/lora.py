@@ -28,7 +28,7 @@ class LoRA(Method):
     mergeable: ClassVar[bool] = True
     quantizable: ClassVar[bool] = True
     rate: ClassVar[float] = 1e-3
-    head_rate: ClassVar[float] = 1e-3
+    head_rate: ClassVar[float] = 5e-3
     weight_decay: ClassVar[float] = 0.0
     warmup: ClassVar[float] = 0.1
 

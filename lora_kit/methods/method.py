@@ -65,7 +65,8 @@ class Method(ABC):
         """The same method, told a few texts of the task; methods that start from text make use of them."""
         return self
 
-    def learning_rate(self, parameters: int, *, head: bool = False) -> float:
+    @classmethod
+    def learning_rate(cls, parameters: int, *, head: bool = False) -> float:
         """AdamW learning rate for a model of so many parameters.
 
         `rate × (22.7e6 / parameters) ** 0.3`: larger models want smaller steps. The exponent joins the rates that
@@ -73,7 +74,7 @@ class Method(ABC):
         of parameters: full 1e-4 → 1.7e-5 at 8 B, LoRA 1e-3 → 1.7e-4 (ten times full's, as in "LoRA Without Regret",
         Schulman 2025), prefix 3e-2 → 7e-3 at 3 B (5e-3 is the best row of PEFT's own comparison).
         """
-        rate = self.head_rate if head else self.rate
+        rate = cls.head_rate if head else cls.rate
         scaled = rate * (REFERENCE_PARAMETERS / max(parameters, 1)) ** SIZE_EXPONENT
         return float(f"{scaled:.2g}")
 

@@ -21,7 +21,7 @@ class Native(Method):
     mergeable: ClassVar[bool] = True
     quantizable: ClassVar[bool] = True
     rate: ClassVar[float] = 1e-3
-    head_rate: ClassVar[float] = 1e-3
+    head_rate: ClassVar[float] = 5e-3
     weight_decay: ClassVar[float] = 0.0
     warmup: ClassVar[float] = 0.1
 
@@ -44,6 +44,10 @@ class Native(Method):
     def size(self) -> str:
         return str(self.config.peft_type.value).lower()
 
+    def options(self) -> dict[str, Any]:
+        # the config itself is written by PEFT, beside the manifest that these go into
+        return {"config": type(self.config).__name__}
+
     def check(self, model: "nn.Module", heads: list[str]) -> None:
         from lora_kit import targets
 
@@ -57,7 +61,7 @@ class Native(Method):
                     f"modules_to_save names {module!r}, which matches no module of {type(model).__name__}; "
                     "correct the name in the config."
                 )
-        if self.config.is_prompt_learning:
+        if self.config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
             from lora_kit.methods.prefix import refuse_checkpointing
 
             refuse_checkpointing(model)
@@ -92,6 +96,10 @@ def wrap(model: "nn.Module", config: Any, name: str) -> "nn.Module":
         warnings.filterwarnings("ignore", category=FutureWarning, module="peft|transformers")
         adapted = get_peft_model(model, config, adapter_name=name)
     train_heads_in_float32(adapted, name)
+    if config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
+        from lora_kit.methods.prefix import refuse_later_checkpointing
+
+        refuse_later_checkpointing(model)
     return adapted
 
 

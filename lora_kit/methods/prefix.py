@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_kit.errors import OptionError, UnsupportedError
-from lora_kit.messages import say
+from lora_kit.messages import quiet, say
 from lora_kit.methods.method import Attached, Method, positive_integer
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Prefix(Method):
     summary: ClassVar[str] = "keys and values in front of every layer's own"
     mergeable: ClassVar[bool] = False
     quantizable: ClassVar[bool] = True
-    rate: ClassVar[float] = 1e-2
-    head_rate: ClassVar[float] = 1e-3
+    rate: ClassVar[float] = 3e-2
+    head_rate: ClassVar[float] = 3e-2
     weight_decay: ClassVar[float] = 0.0
     warmup: ClassVar[float] = 0.1
 
@@ -109,31 +109,28 @@ class Prefix(Method):
                 )
             else:
                 embedding.data.copy_(states)
-        layers = config.num_layers
-        refuse_later_checkpointing(model)
-        return Attached(adapted, f"{self.num_virtual_tokens} keys and values in each of {layers} layers")
+        return Attached(adapted, f"{self.num_virtual_tokens} keys and values in each of {config.num_layers} layers")
 
     def _start_states(self, model: "nn.Module") -> "torch.Tensor":
         """The model's own keys and values for the start text: (num_virtual_tokens, layers · 2 · heads · head size)."""
         import torch
-        from transformers import DynamicCache
+        from transformers import DynamicCache, EncoderDecoderCache
 
         ids = torch.tensor([self._start_ids(model)], device=model.device)
-        decoder = model.get_decoder() if model.config.is_encoder_decoder else model
         cache = DynamicCache()
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad():
-                # An empty cache handed to the forward collects each layer's keys and values, in encoders too: it is
-                # the same door through which PEFT will later hand in the trained ones.
+            # An empty cache handed to the forward collects each layer's keys and values, in encoders too: it is the
+            # same door through which PEFT will later hand in the trained ones.
+            with torch.no_grad(), quiet("bitsandbytes.autograd._functions"):
                 if model.config.is_encoder_decoder:
-                    hidden = model.get_encoder()(input_ids=ids).last_hidden_state
-                    decoder(input_ids=ids, encoder_hidden_states=hidden, past_key_values=cache, use_cache=True)
-                elif "past_key_values" in _parameters(decoder.forward):
-                    decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+                    both = EncoderDecoderCache(cache, DynamicCache())
+                    model(input_ids=ids, decoder_input_ids=ids, past_key_values=both, use_cache=True)
+                elif "past_key_values" in _parameters(model.forward):
+                    model(input_ids=ids, past_key_values=cache, use_cache=True)
                 else:
-                    decoder.base_model(input_ids=ids, past_key_values=cache)
+                    model.base_model(input_ids=ids, past_key_values=cache)
         finally:
             model.train(was_training)
         layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # each (heads, tokens, head size)

@@ -1,0 +1,124 @@
+"""Live bytes: what tensors occupy at the peak of a step, as an allocator on the device would count it.
+
+On CUDA the allocator knows. On the CPU nothing does (the resident set holds freed pages and libraries), so every
+operation is watched and each new storage counted from its birth to its death. That slows a step down several times:
+measure bytes and seconds in different steps.
+"""
+
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PeakBytes:
+    """Context that measures the peak of live tensor bytes on one device.
+
+    `peak` counts what was alive on entry (give it as `existing`: weights, gradients, optimizer states) and what was made
+    inside. Scratch space inside a single operation is seen on CUDA only.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1000)
+        >>> with PeakBytes("cpu", [x]) as memory:
+        ...     y = (x + 1) * 2
+        >>> memory.peak
+        12000
+    """
+
+    def __init__(self, device: "str | torch.device", existing: "Iterable[torch.Tensor]" = ()) -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self._existing = list(existing)
+        self._watch: Any = None
+        self.peak = 0
+
+    def __enter__(self) -> "PeakBytes":
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._watch = _watch(self._existing)
+            self._watch.__enter__()
+        self._existing = []
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._watch.__exit__(kind, error, trace)
+            self.peak = self._watch.peak
+
+
+def _watch(existing: "list[torch.Tensor]") -> Any:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_iter
+
+    class Watch(TorchDispatchMode):
+        """Counts each storage once, from the first operation that returns it until it is freed."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.live = 0
+            self.peak = 0
+            self.sizes: dict[int, int] = {}
+            for tensor in existing:
+                self.add(tensor, count=True)
+
+        def add(self, tensor: object, *, count: bool) -> None:
+            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+                return
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self.sizes:
+                return
+            self.sizes[key] = storage.nbytes() if count else 0
+            self.live += self.sizes[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.remove, key)
+
+        def remove(self, key: int) -> None:
+            self.live -= self.sizes.pop(key, 0)
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            # what comes in and is not known was alive before, and was not named as part of the step
+            for tensor in tree_iter((args, kwargs or {})):
+                self.add(tensor, count=False)
+            result = func(*args, **(kwargs or {}))
+            for tensor in tree_iter(result):
+                self.add(tensor, count=True)
+            return result
+
+    return Watch()
+
+
+def resident_tensors(model: Any, optimizer: Any = None) -> "list[torch.Tensor]":
+    """What stays in memory between steps: weights with their quantization constants, buffers, gradients, states."""
+    import torch
+    from torch.utils._pytree import tree_iter
+
+    found: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        for holder in (getattr(weight, "quant_state", None), getattr(module, "state", None), weight):
+            for name in ("absmax", "code", "offset", "CB", "SCB"):
+                found.append(getattr(holder, name, None))  # type: ignore[arg-type] # filtered below
+            nested = getattr(holder, "state2", None)
+            found += [getattr(nested, name, None) for name in ("absmax", "code")]  # type: ignore[misc] # filtered below
+    found += [p.grad for p in model.parameters() if p.grad is not None]
+    if optimizer is not None:
+        found += [t for t in tree_iter(list(optimizer.state.values())) if torch.is_tensor(t)]
+    return [tensor for tensor in found if torch.is_tensor(tensor)]

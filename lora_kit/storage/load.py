@@ -1,0 +1,205 @@
+"""`load`: the one way back from a folder, whatever the method."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_kit import base as base_models
+from lora_kit import quantization as bits
+from lora_kit.adaptation import Record, count_parameters
+from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, listing
+from lora_kit.methods import METHODS
+from lora_kit.methods.native import wrap
+from lora_kit.storage import manifest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_TASKS = {
+    "CAUSAL_LM": "causal-lm",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
+    "SEQ_CLS": "classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+}
+
+
+def load(
+    path: str | Path,
+    base: "str | Path | nn.Module | None" = None,
+    *,
+    train: bool = False,
+    quantization: Any = None,
+    dtype: "torch.dtype | str" = "auto",
+    device: str | None = None,
+) -> Any:
+    """Bring back what `save`, or plain PEFT or transformers, wrote. A base that is handed in is changed in place.
+
+    Args:
+        path: folder of an adapter or of a whole model.
+        base: for an adapter: the model it belongs on, as a hub id, a path or a loaded model. None: the one whose
+            name was recorded; its code is never trusted.
+        train: True to go on training, False to use it.
+        quantization: as in `adapt`, for a base that is still to be loaded or is in memory.
+        dtype: dtype to load a base in; `"auto"` is the checkpoint's own.
+        device: as in `adapt`.
+
+    Returns:
+        PEFT's `PeftModel`, or transformers' model for one that was trained in full.
+
+    Raises:
+        StorageError: no such folder, a file that is missing or was changed, a pickled adapter.
+        AdapterMismatchError: tensors that do not belong on this base.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise StorageError(f"{folder} is no folder; pass what save() wrote.")
+    facts = manifest.read(folder) or {}
+    if (folder / "adapter_config.json").exists():
+        return _load_adapter(folder, facts, base, train=train, quantization=quantization, dtype=dtype, device=device)
+    if not (folder / "config.json").exists():
+        raise StorageError(f"{folder} has neither adapter_config.json nor config.json, so it holds no saved model.")
+    if base is not None:
+        raise OptionError(f"{folder} holds a whole model, which needs no base; leave base out.")
+    return _load_whole(folder, facts, train=train, quantization=quantization, dtype=dtype, device=device)
+
+
+def _load_whole(
+    folder: Path, facts: dict[str, Any], *, train: bool, quantization: Any, dtype: Any, device: str | None
+) -> Any:
+    config = bits.resolve(quantization)
+    source = base_models.examine(str(folder), task=facts.get("task"), dtype=dtype, device=device, model_kwargs=None)
+    if train:
+        METHODS["full"]().check(source.skeleton, [])
+        if config is not None:
+            raise OptionError("train=True with quantization on a whole model: quantized weights cannot be trained.")
+    if config is not None:
+        config = bits.for_loading(config, source.skeleton, base_models.heads_of(source.skeleton))
+    model, missing = base_models.load(source, config)
+    if missing:
+        raise AdapterMismatchError(f"{folder} has no weights for {listing(missing)}; the model is not complete.")
+    model.requires_grad_(train)
+    model.train(train)
+    model.lora_kit_record = _record(facts, model, "full", facts.get("base"), "default")  # type: ignore[assignment] # a plain attribute
+    return model
+
+
+def _load_adapter(
+    folder: Path,
+    facts: dict[str, Any],
+    base: Any,
+    *,
+    train: bool,
+    quantization: Any,
+    dtype: Any,
+    device: str | None,
+) -> Any:
+    from peft import PeftConfig
+    from peft.utils import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        if (folder / "adapter_model.bin").exists():
+            raise StorageError(
+                f"{folder} holds a pickled adapter (adapter_model.bin), which could run code when it is read. Convert "
+                "it where you trust it: safetensors.torch.save_file(torch.load(..., weights_only=True), "
+                "'adapter_model.safetensors')."
+            )
+        raise StorageError(f"{file} is missing; nothing was loaded.")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise StorageError(f"{file} cannot be read ({error}); nothing was loaded.") from None
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = not train
+    recorded = facts.get("base") or config.base_model_name_or_path
+    model = _base_for(folder, facts, config, base or recorded, quantization, dtype, device)
+    parameters = count_parameters(model)
+    adapted = wrap(model, config, "default")
+    try:
+        _compare(file, tensors, adapted)
+    except AdapterMismatchError:
+        # take the wrapping off again, so that a base that was handed in can be used for something else
+        if hasattr(adapted.base_model, "unload"):
+            adapted.base_model.unload()  # type: ignore[operator] # the tuner's method
+        raise
+    set_peft_model_state_dict(adapted, tensors, adapter_name="default")
+    if not train:
+        adapted.requires_grad_(False)
+    adapted.train(train)
+    word = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config.peft_type.value, "peft")
+    name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
+    adapted.lora_kit_record = _record(facts, adapted, word, str(name) if name else None, "default", parameters)  # type: ignore[assignment] # a plain attribute
+    return adapted
+
+
+def _base_for(
+    folder: Path, facts: dict[str, Any], config: Any, base: Any, quantization: Any, dtype: Any, device: str | None
+) -> "nn.Module":
+    """The base model, loaded or as given, quantized if asked."""
+    from torch import nn
+
+    if base is None:
+        raise OptionError(f"{folder} does not say which model it belongs on; pass base=, a hub id, a path or a model.")
+    quantized = bits.resolve(quantization)
+    task = None
+    kwargs = None
+    if not isinstance(base, nn.Module):
+        task = facts.get("task") or _TASKS.get(getattr(config.task_type, "value", config.task_type))
+        labels = facts.get("labels")
+        if labels:
+            kwargs = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    source = base_models.examine(base, task=task, dtype=dtype, device=device, model_kwargs=kwargs)
+    bits.check(source.skeleton, quantized)
+    heads = base_models.heads_of(source.skeleton)
+    if source.path is not None and quantized is not None:
+        quantized = bits.for_loading(quantized, source.skeleton, heads)
+    model, _ = base_models.load(source, quantized)
+    if source.path is None and quantized is not None:
+        bits.quantize_(model, quantized, heads)
+    bits.keep_gradients_right(model)
+    return model
+
+
+def _compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: "nn.Module") -> None:
+    """Refuse unless the file has exactly the tensors, by name and shape, that the wrapped model expects."""
+    from peft.utils import get_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(adapted, adapter_name="default", save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = [f"{name} is {found[name]}, needed {wanted[name]}" for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+    missing = sorted(set(wanted) - set(found))
+    unexpected = sorted(set(found) - set(wanted))
+    if not (shapes or missing or unexpected):
+        return
+    fitting = sum(found.get(name) == size for name, size in wanted.items())
+    parts = [f"{fitting} of {len(wanted)} tensors in {file} fit this model"]
+    if shapes:
+        parts.append(f"of another shape: {listing(shapes, 3)}")
+    if missing:
+        parts.append(f"missing: {listing(missing, 3)}")
+    if unexpected:
+        parts.append(f"without a place here: {listing(unexpected, 3)}")
+    raise AdapterMismatchError("; ".join(parts) + ". Load it on the base it was trained on. Nothing was loaded.")
+
+
+def _record(
+    facts: dict[str, Any], model: "nn.Module", word: str, base: str | None, name: str, parameters: int | None = None
+) -> Record:
+    from lora_kit.adaptation import _dtype
+
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator] # PeftModel's method
+    return Record(
+        method=str(facts.get("method", word)),
+        options=dict(facts.get("options") or {}),
+        task=base_models.task_of(inner),
+        base=base,
+        base_dtype=str(facts.get("base_dtype") or _dtype(inner)) if word == "full" else _dtype(inner),
+        quantization=bits.of(inner) or "16bit",
+        parameters=parameters or count_parameters(model),
+        name=name,
+        heads=tuple(facts.get("heads") or base_models.heads_of(inner)),
+    )

@@ -1,0 +1,95 @@
+"""`save`: an adapted model as files that PEFT, or transformers, reads without us."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_kit import base
+from lora_kit.adaptation import record_of
+from lora_kit.errors import StorageError
+from lora_kit.storage import manifest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def save(model: "nn.Module", path: str | Path) -> Path:
+    """Write what was trained to a folder: an adapter in PEFT's layout, or a whole model in transformers'.
+
+    The files are written beside the folder first and moved into it one by one, the manifest `lora_kit.json` last. Files
+    of other names in the folder are left alone.
+
+    Args:
+        model: from `adapt`, `load`, PEFT or transformers; a compiled or distributed wrapper is looked through.
+        path: folder; made if need be.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StorageError: the path is a file, or the model is none of transformers' or PEFT's.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lora_kit import adapt
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        ... )
+        >>> model = adapt(LlamaForCausalLM(config), rank=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(file.name for file in save(model, folder).iterdir())
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lora_kit.json']
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model)
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder} is a file; pass the path of a folder.")
+    if not hasattr(model, "save_pretrained"):
+        raise StorageError(f"{type(model).__name__} is no model of transformers or PEFT, so its format is not known.")
+    record = record_of(model)
+    staging = folder.parent / f".{folder.name}.writing-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        if hasattr(model, "peft_config"):
+            written = _write_adapter(model, record.name, staging)
+        else:
+            written = staging
+            model.save_pretrained(staging)
+            write_tokenizer(record.base, staging)
+        labels = model.config.id2label if record.task and "classification" in record.task else None  # type: ignore[union-attr] # a transformers config
+        manifest.write(written, record, labels)
+        _move(written, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _write_adapter(model: "nn.Module", name: str, staging: Path) -> Path:
+    """PEFT's own files; returns the folder that they are in."""
+    config = model.peft_config[name]  # type: ignore[index] # PeftModel's dict by name
+    targets = getattr(config, "target_modules", None) or ()
+    embeddings = any("embed" in target for target in targets) if not isinstance(targets, str) else "embed" in targets
+    # "auto", PEFT's default, would look the base up on the hub to see whether its vocabulary was resized
+    model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=embeddings)  # type: ignore[operator] # PeftModel's method
+    # PEFT puts an adapter of any other name into a folder of that name
+    return staging if name == "default" else staging / name
+
+
+def write_tokenizer(source: str | None, folder: Path) -> None:
+    """Put the base's tokenizer, where there is one, beside a whole model."""
+    tokenizer = base.tokenizer_of(source) if source else None
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _move(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [file for file in source.iterdir() if file.is_file()]
+    files.sort(key=lambda file: file.name == manifest.NAME)
+    for file in files:
+        os.replace(file, folder / file.name)

@@ -1,0 +1,266 @@
+"""`finetune`: transformers' `Trainer` with the right collator, optimizer groups and metrics.
+
+A thin door for those who have no training loop yet, and what the comparison runs. Whoever has a loop keeps it: `adapt`,
+`param_groups` and `training_defaults` are all that it needs from here.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_kit import base
+from lora_kit.adaptation import adapt, record_of
+from lora_kit.errors import DataError, OptionError, listing, nearest
+from lora_kit.methods import resolve
+from lora_kit.messages import quiet
+from lora_kit.storage.save import save
+from lora_kit.training import data as rows_from
+from lora_kit.training import metrics
+from lora_kit.training.batching import Collator, padding_id, sort_for_measuring
+from lora_kit.training.defaults import param_groups, training_defaults
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer, TrainerCallback
+
+TASK_OF_KIND = {
+    "classification": "classification",
+    "prompt": None,  # a causal or an encoder–decoder model, as the checkpoint says
+    "chat": "causal-lm",
+    "text": "causal-lm",
+    "document": "causal-lm",
+}
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A finished run."""
+
+    model: Any
+    before: dict[str, float]
+    """Metrics on the held-out rows before training, without the adapter."""
+    after: dict[str, float]
+    """The same after training."""
+    seconds: float
+    """Time of training alone."""
+    saved: Path | None
+    """Folder that the result was written to."""
+
+    def __str__(self) -> str:
+        parts = [f"{name} {self.before[name]:.4g} → {self.after[name]:.4g}" for name in self.after]
+        return f"{', '.join(parts)} in {self.seconds:.0f} s" + (f"; saved in {self.saved}" if self.saved else "")
+
+
+def finetune(
+    model: "str | Path | nn.Module",
+    data: Any,
+    *,
+    method: Any = None,
+    quantization: Any = None,
+    output: str | Path | None = None,
+    test_data: Any = None,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+    epochs: float = 3.0,
+    batch_size: int = 16,
+    max_length: int = 256,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    dtype: Any = "auto",
+    device: str | None = None,
+    tokenizer: Any = None,
+    callbacks: "list[TrainerCallback] | None" = None,
+    training_arguments: dict[str, Any] | None = None,
+    **options: Any,
+) -> Finetuned:
+    """Fine-tune a model on rows of text and measure it before and after on rows held out.
+
+    Args:
+        model: an adapted model, which is trained in place; or a hub id or path, which is adapted first.
+        data: path of a CSV, JSON lines, Parquet or text file, of a folder, a `datasets.Dataset`, or a hub id. Columns:
+            text and label; prompt and completion; messages; or text alone.
+        method: for an id or a path: `"lora"` (the default), `"prefix"`, `"full"`, an option object or a PEFT config.
+        quantization: for an id or a path: None, `"8bit"` or `"4bit"`.
+        output: folder to save the result in. None: it is not saved.
+        test_data: rows to measure on. None: the data's own test part, else a tenth of the rows.
+        train_rows: use the first so many training rows only.
+        test_rows: measure on the first so many held-out rows only.
+        epochs: passes over the training rows.
+        batch_size: rows in a step.
+        max_length: tokens of a row; longer ones are cut.
+        learning_rate: None for the method's own.
+        seed: of new heads, adapters, and the order of rows.
+        dtype: for an id or a path: dtype to load the weights in.
+        device: where to train. None: on the GPU if there is one.
+        tokenizer: None for the one that lies where the model came from.
+        callbacks: of `transformers.Trainer`.
+        training_arguments: fields of `transformers.TrainingArguments` that overrule what is chosen here.
+        options: fields of the method's option class, such as `rank=32`.
+
+    Raises:
+        DataError: data that is not there, not understood, or not for this model's task.
+        OptionError: an option that is not accepted, or one for a model still to be loaded beside a loaded one.
+    """
+    import torch
+    import transformers
+
+    rows = rows_from.read(data, test=test_data, train_rows=train_rows, test_rows=test_rows, seed=seed)
+    transformers.set_seed(seed)
+    if isinstance(model, str | Path):
+        tokenizer = tokenizer or base.tokenizer_of(str(model))
+        chosen = resolve(method or "lora", options).start_from(rows.texts(20))
+        adapted = adapt(
+            str(model),
+            chosen,
+            quantization=quantization,
+            task=TASK_OF_KIND[rows.kind],
+            dtype=dtype,
+            device=device,
+            model_kwargs=head_for(rows),
+        )
+    else:
+        given = {"method": method, "quantization": quantization, **options} | ({} if dtype == "auto" else {"dtype": dtype})
+        for key, value in given.items():
+            if value is not None:
+                raise OptionError(
+                    f"{key}={value!r} is for a hub id or a path, but a loaded {type(model).__name__} was given; pass it "
+                    "to adapt() instead."
+                )
+        adapted = model if device is None else model.to(device)
+        tokenizer = tokenizer or base.tokenizer_of(model)
+    if tokenizer is None:
+        raise OptionError("no tokenizer is known for this model (its config names no place that has one); pass tokenizer=.")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(
+            adapted,
+            rows,
+            tokenizer,
+            scratch,
+            epochs=epochs,
+            batch_size=batch_size,
+            max_length=max_length,
+            learning_rate=learning_rate,
+            seed=seed,
+            callbacks=callbacks,
+            training_arguments=training_arguments,
+        )
+        before = measure(trainer, without_adapter=True)
+        seconds = float(trainer.train().metrics["train_runtime"])
+        after = measure(trainer)
+    saved = None
+    if output is not None:
+        saved = save(adapted, output)
+        tokenizer.save_pretrained(saved)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Finetuned(adapted, before, after, seconds, saved)
+
+
+def head_for(rows: rows_from.Rows) -> dict[str, Any] | None:
+    """The `model_kwargs` that give a classifier one output a label."""
+    if rows.kind != "classification":
+        return None
+    names = dict(enumerate(rows.labels))
+    return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+
+def build_trainer(
+    model: "nn.Module",
+    rows: rows_from.Rows,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    epochs: float,
+    batch_size: int,
+    max_length: int,
+    learning_rate: float | None,
+    seed: int,
+    callbacks: "list[TrainerCallback] | None" = None,
+    training_arguments: dict[str, Any] | None = None,
+) -> "Trainer":
+    """A `Trainer` over these rows, ready to train and to measure; `folder` takes what Trainer writes."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    task = record_of(model).task
+    if task is None:
+        raise OptionError(f"{type(model).__name__} is none of transformers' classes; train it in a loop of your own.")
+    config = model.config
+    if rows.kind == "classification" and getattr(config, "num_labels", None) != len(rows.labels):
+        raise DataError(
+            f"the data has {len(rows.labels)} labels ({listing(rows.labels)}), the model's head {config.num_labels}; load "  # type: ignore[union-attr] # a transformers config
+            f"the model with num_labels={len(rows.labels)}."
+        )
+    with quiet("transformers.tokenization_utils_base"):  # a long text is longer than the model; it is cut to blocks below
+        train, test = rows_from.tokenize(rows, tokenizer, task=task, max_length=max_length)
+    padding = padding_id(tokenizer)
+    if task == "classification" and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = padding  # type: ignore[union-attr] # decoders look for the last token that is not padding
+    device = next(model.parameters()).device
+    fields: dict[str, Any] = {
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 2 * batch_size,
+        "seed": seed,
+        "data_seed": seed,
+        "train_sampling_strategy": "group_by_length",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type != "cpu",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        **training_defaults(model),
+    }
+    for key in training_arguments or {}:
+        if key not in TrainingArguments.__dataclass_fields__:
+            known = list(TrainingArguments.__dataclass_fields__)
+            raise OptionError(f"training_arguments: {key!r} is no field of TrainingArguments.{nearest(key, known)}")
+    fields |= training_arguments or {}
+    groups = param_groups(model, learning_rate)
+    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+    reduce, compute = metrics.for_task(task)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **fields),
+        data_collator=Collator(padding),
+        train_dataset=train,
+        eval_dataset=sort_for_measuring(test),
+        optimizers=(optimizer, None),
+        preprocess_logits_for_metrics=reduce,
+        compute_metrics=compute,
+        callbacks=callbacks,
+    )
+
+
+def measure(trainer: "Trainer", *, without_adapter: bool = False) -> dict[str, float]:
+    """Metrics on the held-out rows, with the adapter or without."""
+    with quiet("bitsandbytes.autograd._functions"):  # it reports each layer's cast at each batch
+        with _without_adapter(trainer) if without_adapter else nullcontext():
+            found = trainer.evaluate()
+    names = ("accuracy", "precision", "recall", "f1") if "eval_accuracy" in found else ("loss", "perplexity")
+    return {name: found[f"eval_{name}"] for name in names}
+
+
+@contextmanager
+def _without_adapter(trainer: "Trainer") -> Iterator[None]:
+    """The base alone, with untrained heads."""
+    model: Any = trainer.model
+    if not hasattr(model, "peft_config"):
+        yield
+    elif model.active_peft_config.is_prompt_learning:
+        # PEFT's own switch needs prepare_inputs_for_generation, which its classification class has not; a prefix lives
+        # in the wrapper alone, so the model inside is the base
+        trainer.model = model.get_base_model()
+        try:
+            yield
+        finally:
+            trainer.model = model
+    else:
+        with model.disable_adapter():
+            yield
