@@ -2,8 +2,9 @@
 
     python benchmarks/learning_rates.py --data ../shared/data/sst2 --train-rows 2000 --epochs 1 --output runs/rates-sst2
 
-Heads keep their ratio to the rate. Regret is the best mean in the sweep minus the default's mean: what a user loses by not
-sweeping. The rows are those of `compare`, appended to `rows.jsonl` in the output folder, so the sweep can be interrupted.
+Heads keep their ratio to the rate. Regret is the best mean in the sweep minus the default's mean: what a user loses by
+not sweeping. The rows are those of `compare`, appended to `rows.jsonl` in the output folder, so the sweep can be
+interrupted.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from lora_kit import quantization as bits
 from lora_kit.errors import UnsupportedError, listing
 from lora_kit.messages import say
 from lora_kit.methods import Method, resolve
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,7 @@ def adapt(
     base_dtype = _dtype(loaded)
     if source.path is None and quantized is not None:
         bits.quantize_(loaded, quantized, heads)
-    bits.keep_gradients_right(loaded)
+    bits.settle(loaded)
 
     parameters = count_parameters(loaded)
     attached = chosen.attach(loaded, heads, name)
@@ -120,11 +121,10 @@ def adapt(
         name=name,
         heads=tuple(heads),
     )
-    attached.model.lora_kit_record = record  # type: ignore[assignment] # a plain attribute of this instance
+    attached.model.lora_kit_record = record
     attached.model.train()
     say(report(attached.model, chosen, attached.coverage, record))
     return attached.model
-
 
 
 def resolve_quantization(word: Any, method: Method) -> Any:
@@ -138,13 +138,15 @@ def resolve_quantization(word: Any, method: Method) -> Any:
     return config
 
 
-def report(model: "nn.Module", method: Method, coverage: str, record: Record) -> str:
+def report(model: Model, method: Method, coverage: str, record: Record) -> str:
     """The one line: what is trained, how much of it, on what."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = [f"{method.word} ({method.size}): {coverage}"]
     if record.heads and method.word != "full":
         parts.append(f"trained whole: {listing(map(repr, record.heads), 4)}")
-    parts.append(f"{trainable:,} of {record.parameters:,} parameters trainable ({100 * trainable / record.parameters:.2f} %)")
+    parts.append(
+        f"{trainable:,} of {record.parameters:,} parameters trainable ({100 * trainable / record.parameters:.2f} %)"
+    )
     quantized, total = bits.quantized_bytes(model)
     weights = f"weights {total / 1e6:,.1f} MB, {record.base_dtype}"
     if quantized:
@@ -153,7 +155,7 @@ def report(model: "nn.Module", method: Method, coverage: str, record: Record) ->
     return "; ".join(parts)
 
 
-def count_parameters(model: "nn.Module") -> int:
+def count_parameters(model: Model) -> int:
     """Number of parameters, counting each 4-bit weight as one although two share a byte."""
     total = 0
     for parameter in model.parameters():
@@ -162,18 +164,18 @@ def count_parameters(model: "nn.Module") -> int:
     return total
 
 
-def record_of(model: "nn.Module") -> Record:
+def record_of(model: Model) -> Record:
     """The record that `adapt` left, or one read off a model that plain PEFT or transformers made."""
     found = getattr(model, "lora_kit_record", None)
     if isinstance(found, Record):
         return found
     config = getattr(model, "peft_config", None)
-    inner = model.get_base_model() if config else model  # type: ignore[operator] # PeftModel's method
+    inner = model.get_base_model() if config else model
     word = "full"
     adapter = "default"
     if config:
-        adapter = model.active_adapter  # type: ignore[assignment] # PeftModel's attribute
-        word = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config[adapter].peft_type.value, "peft")  # type: ignore[index] # a dict by name
+        adapter = model.active_adapter
+        word = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config[adapter].peft_type.value, "peft")
     return Record(
         method=word,
         options={},
@@ -187,7 +189,7 @@ def record_of(model: "nn.Module") -> Record:
     )
 
 
-def _dtype(model: "nn.Module") -> str:
+def _dtype(model: Model) -> str:
     """The dtype that most of the floating-point weights have."""
     sizes: dict[str, int] = {}
     for parameter in model.parameters():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit import quantization
 from lora_kit.errors import AlreadyAdaptedError, OptionError, UnsupportedError, listing, nearest
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ TASKS = {
 class Source:
     """What `adapt` was given, examined but not yet loaded."""
 
-    skeleton: "nn.Module"
+    skeleton: Model
     """The model itself, or its twin without weights (on `meta`) where it is still to be loaded."""
     task: str | None
     path: str | None = None
@@ -62,7 +63,7 @@ def task_of_class(names: list[str], *, encoder_decoder: bool = False) -> str | N
     return None
 
 
-def task_of(model: "nn.Module") -> str | None:
+def task_of(model: Model) -> str | None:
     """The task that this model is for, by its class; None where transformers' tables do not know it."""
     config = getattr(model, "config", None)
     names = [cls.__name__ for cls in type(model).__mro__]
@@ -109,12 +110,13 @@ def _torch_dtype(dtype: "torch.dtype | str") -> "torch.dtype | str":
     return accepted[dtype]
 
 
-def _examine_object(model: "nn.Module", device: str | None) -> Source:
+def _examine_object(model: Model, device: str | None) -> Source:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if hasattr(model, "peft_config") or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        names = listing(getattr(model, "peft_config", ["?"]))
         raise AlreadyAdaptedError(
-            f"this {type(model).__name__} already carries an adapter ({listing(getattr(model, 'peft_config', ['?']))}); "
+            f"this {type(model).__name__} already carries an adapter ({names}); "
             "a second one around it could not be saved. Train the one that is there, or take the base back first: "
             "model = model.unload()."
         )
@@ -143,7 +145,9 @@ def _examine_path(
                 f"{path} is an adapter, not a base model. To go on training it: load({path!r}, base=..., train=True)."
             )
         raise OptionError(f"the folder {path} has no config.json, so it is no model of transformers.")
-    from_config = {k: v for k, v in model_kwargs.items() if k in ("revision", "subfolder", "token", "trust_remote_code")}
+    from_config = {
+        k: v for k, v in model_kwargs.items() if k in ("revision", "subfolder", "token", "trust_remote_code")
+    }
     try:
         config = transformers.AutoConfig.from_pretrained(path, **from_config)
     except (OSError, ValueError) as error:
@@ -170,7 +174,7 @@ def _examine_path(
     return Source(skeleton, task, path, config, dtype, device, model_kwargs)
 
 
-def load(source: Source, quantized: "BitsAndBytesConfig | None") -> "tuple[nn.Module, list[str]]":
+def load(source: Source, quantized: "BitsAndBytesConfig | None") -> tuple[Model, list[str]]:
     """The model, and the paths of modules that the checkpoint had no weights for."""
     import torch
     import transformers
@@ -190,12 +194,12 @@ def load(source: Source, quantized: "BitsAndBytesConfig | None") -> "tuple[nn.Mo
     if quantized is None:
         model.to(device)
     else:
-        quantization.keep_gradients_right(model)
+        quantization.settle(model)
     missing = sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
     return model, missing
 
 
-def heads_of(model: "nn.Module", missing: list[str] | None = None) -> list[str]:
+def heads_of(model: Model, missing: list[str] | None = None) -> list[str]:
     """Paths of the modules to train whole: task heads, and whatever the checkpoint had no weights for.
 
     A head is known by its place: in a model for a task other than language modelling, everything beside the backbone.

@@ -9,9 +9,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lora_kit.errors import MissingPackageError, OptionError, UnsupportedError, listing, nearest
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import BitsAndBytesConfig
 
 WORDS = ("8bit", "4bit")
@@ -64,7 +64,7 @@ def word(config: "BitsAndBytesConfig | None") -> str:
     return "4bit" if config.load_in_4bit else "8bit"
 
 
-def of(model: "nn.Module") -> str | None:
+def of(model: Model) -> str | None:
     """`"8bit"`, `"4bit"`, the name of another quantization, or None for plain weights."""
     if getattr(model, "is_loaded_in_4bit", False):
         return "4bit"
@@ -79,7 +79,7 @@ def of(model: "nn.Module") -> str | None:
     return str(getattr(method, "value", method)) if method is not None else None
 
 
-def check(model: "nn.Module", config: "BitsAndBytesConfig | None") -> None:
+def check(model: Model, config: "BitsAndBytesConfig | None") -> None:
     """Refuse to quantize what is quantized already."""
     now = of(model)
     if config is None or now is None:
@@ -90,7 +90,7 @@ def check(model: "nn.Module", config: "BitsAndBytesConfig | None") -> None:
     )
 
 
-def choose(model: "nn.Module", heads: list[str]) -> "dict[str, nn.Module]":
+def choose(model: Model, heads: list[str]) -> dict[str, Model]:
     """Path → module for everything to quantize (the weights may be on `meta`)."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -110,7 +110,7 @@ def choose(model: "nn.Module", heads: list[str]) -> "dict[str, nn.Module]":
     return chosen
 
 
-def for_loading(config: "BitsAndBytesConfig", skeleton: "nn.Module", heads: list[str]) -> "BitsAndBytesConfig":
+def for_loading(config: "BitsAndBytesConfig", skeleton: Model, heads: list[str]) -> "BitsAndBytesConfig":
     """The config with exactly the modules named that must stay as they are."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -123,7 +123,7 @@ def for_loading(config: "BitsAndBytesConfig", skeleton: "nn.Module", heads: list
     return config
 
 
-def quantize_(model: "nn.Module", config: "BitsAndBytesConfig", heads: list[str]) -> "nn.Module":
+def quantize_(model: Model, config: "BitsAndBytesConfig", heads: list[str]) -> Model:
     """Quantize a model in place, layer by layer: memory never exceeds the model plus one layer.
 
     Args:
@@ -142,17 +142,17 @@ def quantize_(model: "nn.Module", config: "BitsAndBytesConfig", heads: list[str]
         del module
     # what transformers leaves behind when it quantizes while loading: PEFT and Trainer look for it
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    model.hf_quantizer = quantizer  # type: ignore[assignment] # a plain attribute of this instance
-    model.is_quantized = True  # type: ignore[assignment] # as above
-    model.quantization_method = config.quant_method  # type: ignore[assignment] # as above
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
     setattr(model, "is_loaded_in_4bit" if config.load_in_4bit else "is_loaded_in_8bit", True)
     if hasattr(model, "config"):
-        model.config.quantization_config = config  # type: ignore[union-attr, assignment] # a transformers config
-    keep_gradients_right(model)
+        model.config.quantization_config = config
+    settle(model)
     return model
 
 
-def _quantized(module: "nn.Module", config: "BitsAndBytesConfig") -> "nn.Module":
+def _quantized(module: Model, config: "BitsAndBytesConfig") -> Model:
     """The quantized twin of one `nn.Linear` or `Conv1D`, on the same device."""
     import bitsandbytes as bnb
     import torch
@@ -190,24 +190,29 @@ def _quantized(module: "nn.Module", config: "BitsAndBytesConfig") -> "nn.Module"
         settings.pop("SCB", None)
         new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, **settings).to(weight.device)
     if has_bias:
-        new.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)  # type: ignore[union-attr, arg-type] # not None here
+        new.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)
     new.source_cls = type(module)
     new.train(module.training)
     return new
 
 
-def keep_gradients_right(model: "nn.Module") -> None:
-    """Switch off, on this instance, the packing that breaks gradients on CPUs with AVX512-BF16.
+def settle(model: Model) -> None:
+    """Do now, on this instance, what bitsandbytes would do to 4-bit layers in the middle of training.
 
-    bitsandbytes repacks 4-bit weights there at the first evaluation and from then on runs a kernel without a gradient
-    formula, in training too: gradients flow only around the quantized layers, without a warning.
+    Packing: on CPUs with AVX512-BF16 the weights are repacked at the first evaluation, and from then on a kernel without
+    a gradient formula runs, in training too: gradients flow only around the quantized layers, without a warning. It is
+    switched off. Biases: the first forward casts them to the compute dtype; they are cast here, so that training leaves
+    every frozen tensor bit-identical.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if module.bias is not None and module.compute_dtype is not None and not module.bias.is_meta:
+            module.bias.data = module.bias.data.to(module.compute_dtype)
 
 
-def quantized_bytes(model: "nn.Module") -> tuple[int, int]:
+def quantized_bytes(model: Model) -> tuple[int, int]:
     """(bytes of quantized weights, bytes of all parameters)."""
     quantized = total = 0
     for parameter in model.parameters():

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_kit.errors import OptionError, TargetError, UnsupportedError, listing, nearest
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 # PEFT's names for the tasks of `base.TASKS`
 _PEFT_TASKS = {
@@ -29,7 +30,7 @@ _PEFT_TASKS = {
 class Choice:
     """The modules that will carry an adapter, and what was left out."""
 
-    modules: "dict[str, nn.Module]"
+    modules: dict[str, Model]
     weights: int
     """Entries of the weight matrices that are adapted."""
     total_weights: int
@@ -46,30 +47,30 @@ class Choice:
         return line + "".join(f", {count} left out: {reason}" for reason, count in reasons.items())
 
 
-def peft_task(model: "nn.Module") -> str | None:
+def peft_task(model: Model) -> str | None:
     """PEFT's task type for this model, or None for a model of unknown task."""
     from lora_kit import base
 
     return _PEFT_TASKS.get(base.task_of(model) or "")
 
 
-def linear_layers(model: "nn.Module") -> "dict[str, nn.Module]":
+def linear_layers(model: Model) -> dict[str, Model]:
     """Path → module for every linear map with a weight: `nn.Linear` and its kin, `Conv1D`, quantized linears."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return {path: m for path, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
 
 
-def shape(module: "nn.Module") -> tuple[int, int]:
+def shape(module: Model) -> tuple[int, int]:
     """(out features, in features), whatever layout the weight is stored in."""
     if type(module).__name__ == "Conv1D":
         rows, columns = module.weight.shape
         return columns, rows
-    return module.out_features, module.in_features  # type: ignore[return-value] # nn.Linear's integers
+    return module.out_features, module.in_features
 
 
-def output_embeddings(model: "nn.Module") -> "nn.Module | None":
+def output_embeddings(model: Model) -> Model:
     """The output head of a language model."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter is not None else None
@@ -79,7 +80,7 @@ def _within(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
-def _runs_its_own_forward(module: "nn.Module") -> bool:
+def _runs_its_own_forward(module: Model) -> bool:
     """Whether this is a linear subclass that computes something else (a router that returns a tuple, say)."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -88,16 +89,16 @@ def _runs_its_own_forward(module: "nn.Module") -> bool:
     return not known and type(module).forward is not nn.Linear.forward and not _is_a_plain_product(module)
 
 
-def _is_a_plain_product(module: "nn.Module") -> bool:
+def _is_a_plain_product(module: Model) -> bool:
     """Run the module once on a small input and compare with `x Wᵀ + b`; on `meta` only shapes can be compared."""
     import torch
     from torch.nn import functional
 
-    x = torch.ones(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)  # type: ignore[arg-type, call-overload] # integers and a tensor
+    x = torch.ones(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     try:
         with torch.no_grad():
             y = module(x)
-            expected = functional.linear(x, module.weight, module.bias)  # type: ignore[arg-type] # nn.Linear's tensors
+            expected = functional.linear(x, module.weight, module.bias)
     except Exception:
         return False
     if not torch.is_tensor(y) or y.shape != expected.shape:
@@ -105,7 +106,7 @@ def _is_a_plain_product(module: "nn.Module") -> bool:
     return y.is_meta or bool(torch.allclose(y, expected, rtol=1e-2, atol=1e-3))
 
 
-def choose(model: "nn.Module", wanted: tuple[str, ...] | str | None, heads: list[str], *, rank: int) -> Choice:
+def choose(model: Model, wanted: tuple[str, ...] | str | None, heads: list[str], *, rank: int) -> Choice:
     """The modules to adapt.
 
     Args:
@@ -123,14 +124,14 @@ def choose(model: "nn.Module", wanted: tuple[str, ...] | str | None, heads: list
     layers = {p: m for p, m in layers.items() if m is not output and not _within(p, heads)}
     sizes = {p: shape(m)[0] * shape(m)[1] for p, m in layers.items()}
     if wanted not in (None, "all-linear"):
-        chosen = match(model, wanted)  # type: ignore[arg-type] # None is excluded above
+        chosen = match(model, wanted)
         skipped: dict[str, str] = {}
     else:
         skipped = {p: "routers" for p, m in layers.items() if _runs_its_own_forward(m)}
         small = [p for p in layers if p not in skipped and min(shape(layers[p])) < rank]
         # A gate with one output is no reason to refuse a model, a rank above its real matrices is.
         if sum(sizes[p] for p in small) < 0.01 * sum(sizes.values()):
-            skipped |= {p: f"smaller than the rank {rank}" for p in small}
+            skipped |= dict.fromkeys(small, f"smaller than the rank {rank}")
         chosen = {p: m for p, m in layers.items() if p not in skipped}
     if not chosen:
         raise UnsupportedError(
@@ -149,7 +150,7 @@ def choose(model: "nn.Module", wanted: tuple[str, ...] | str | None, heads: list
     return Choice(chosen, adapted, sum(sizes.values()) + experts, len(layers), skipped)
 
 
-def match(model: "nn.Module", wanted: Iterable[str] | str) -> "dict[str, nn.Module]":
+def match(model: Model, wanted: Iterable[str] | str) -> dict[str, Model]:
     """The modules that the names (each at least one) or the regular expression stand for.
 
     A name matches as PEFT matches it: the full path, or its last parts.
@@ -164,7 +165,9 @@ def match(model: "nn.Module", wanted: Iterable[str] | str) -> "dict[str, nn.Modu
         except re.error as error:
             raise TargetError(f"target_modules {wanted!r} is not a regular expression: {error}.") from None
         if not chosen:
-            raise TargetError(f"target_modules {wanted!r} matches the path of no linear layer.{_menu(carriers, wanted)}")
+            raise TargetError(
+                f"target_modules {wanted!r} matches the path of no linear layer.{_menu(carriers, wanted)}"
+            )
         return chosen
     chosen = {}
     for name in wanted:
@@ -175,7 +178,7 @@ def match(model: "nn.Module", wanted: Iterable[str] | str) -> "dict[str, nn.Modu
     return chosen
 
 
-def _menu(carriers: "dict[str, nn.Module]", name: str) -> str:
+def _menu(carriers: dict[str, Model], name: str) -> str:
     """The names that would match, the nearest first."""
     counts = Counter(path.rpartition(".")[2] for path in carriers)
     counts.pop("", None)

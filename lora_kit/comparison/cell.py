@@ -1,7 +1,7 @@
 """One run of the comparison, in a process of its own: clean peaks, and a run out of memory is a row, not a crash.
 
-`python -m lora_kit.comparison.cell spec.json row.json` trains what the spec says and writes the row. Its standard output
-is for the parent: one JSON object a line, with the steps done.
+`python -m lora_kit.comparison.cell spec.json row.json` trains what the spec says and writes the row. Its standard
+output is for the parent: one JSON object a line, with the steps done.
 """
 
 import json
@@ -29,9 +29,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     from lora_kit.training.finetune import TASK_OF_KIND, build_trainer, head_for, measure
     from lora_kit.training.metrics import HEADLINE
 
-    rows = data.read(
-        spec["data"], test=spec["test_data"], train_rows=spec["train_rows"], test_rows=spec["test_rows"]
-    )
+    rows = data.read(spec["data"], test=spec["test_data"], train_rows=spec["train_rows"], test_rows=spec["test_rows"])
     transformers.set_seed(spec["seed"])
     method = resolve(spec["method"], spec["options"]).start_from(rows.texts(20))
     model = adapt(

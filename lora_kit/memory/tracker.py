@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class PeakBytes:
     """Context that measures the peak of live tensor bytes on one device.
 
-    `peak` counts what was alive on entry (give it as `existing`: weights, gradients, optimizer states) and what was made
-    inside. Scratch space inside a single operation is seen on CUDA only.
+    `peak` counts what was alive on entry (give it as `existing`: weights, gradients, optimizer states) and what was
+    made inside. Scratch space inside a single operation is seen on CUDA only.
 
     Example:
         >>> import torch
@@ -110,14 +110,14 @@ def resident_tensors(model: Any, optimizer: Any = None) -> "list[torch.Tensor]":
     import torch
     from torch.utils._pytree import tree_iter
 
-    found: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    found: list[Any] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         weight = getattr(module, "weight", None)
         for holder in (getattr(weight, "quant_state", None), getattr(module, "state", None), weight):
             for name in ("absmax", "code", "offset", "CB", "SCB"):
-                found.append(getattr(holder, name, None))  # type: ignore[arg-type] # filtered below
+                found.append(getattr(holder, name, None))
             nested = getattr(holder, "state2", None)
-            found += [getattr(nested, name, None) for name in ("absmax", "code")]  # type: ignore[misc] # filtered below
+            found += [getattr(nested, name, None) for name in ("absmax", "code")]
     found += [p.grad for p in model.parameters() if p.grad is not None]
     if optimizer is not None:
         found += [t for t in tree_iter(list(optimizer.state.values())) if torch.is_tensor(t)]

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_kit.errors import OptionError, UnsupportedError
 from lora_kit.methods.method import Attached, Method
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Full(Method):
     def size(self) -> str:
         return "all"
 
-    def check(self, model: "nn.Module", heads: list[str]) -> None:
+    def check(self, model: Model, heads: list[str]) -> None:
         from lora_kit import quantization
 
         bits = quantization.of(model)
@@ -53,7 +54,7 @@ class Full(Method):
                 "Use method='lora' or 'prefix', or load the model without quantization."
             )
 
-    def attach(self, model: "nn.Module", heads: list[str], name: str) -> Attached:
+    def attach(self, model: Model, heads: list[str], name: str) -> Attached:
         import torch
 
         sixteen_bit = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype.itemsize == 2}

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lora_kit.errors import OptionError
 from lora_kit.methods.method import Attached, Method, positive_integer
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class LoRA(Method):
         """Alpha as it will be used."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
-    def check(self, model: "nn.Module", heads: list[str]) -> None:
+    def check(self, model: Model, heads: list[str]) -> None:
         from lora_kit import targets
 
         targets.choose(model, self.target_modules, heads, rank=self.rank)
 
-    def attach(self, model: "nn.Module", heads: list[str], name: str) -> Attached:
+    def attach(self, model: Model, heads: list[str], name: str) -> Attached:
         from peft import LoraConfig
 
         from lora_kit import targets

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_kit.errors import OptionError, listing, nearest
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 # Learning rates are declared for a model of this many parameters and scaled to the size at hand (`learning_rate`).
 REFERENCE_PARAMETERS = 22.7e6
@@ -19,10 +20,11 @@ SIZE_EXPONENT = 0.3
 class Attached:
     """A model ready to train, with what the report says of it."""
 
-    model: "nn.Module"
+    model: Model
     coverage: str
 
 
+@dataclass(frozen=True)
 class Method(ABC):
     """A way to fine-tune: a frozen dataclass of options, with its facts as class variables.
 
@@ -54,11 +56,11 @@ class Method(ABC):
         """The size that was chosen, for tables: `"r 16"`, `"20 tokens"`."""
 
     @abstractmethod
-    def check(self, model: "nn.Module", heads: list[str]) -> None:
+    def check(self, model: Model, heads: list[str]) -> None:
         """Raise a `LoraKitError` if this method cannot do what was asked with this model (weights may be on `meta`)."""
 
     @abstractmethod
-    def attach(self, model: "nn.Module", heads: list[str], name: str) -> Attached:
+    def attach(self, model: Model, heads: list[str], name: str) -> Attached:
         """Wrap `model` in place, ready to train; `heads` are the paths of modules to train whole."""
 
     def start_from(self, texts: list[str]) -> "Method":
@@ -80,12 +82,12 @@ class Method(ABC):
 
     def options(self) -> dict[str, Any]:
         """The option fields and their values."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type] # every final class is a dataclass
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "Method":
         """Build the option object from keywords; an unknown one is an error that lists the accepted ones."""
-        accepted = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type] # as above
+        accepted = [f.name for f in dataclasses.fields(cls)]
         for key in options:
             if key not in accepted:
                 takes = f"accepted: {listing(accepted, 40)}" if accepted else "it takes no options"

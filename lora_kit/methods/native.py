@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_kit.errors import OptionError, TargetError, UnsupportedError
 from lora_kit.methods.method import Attached, Method
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +49,7 @@ class Native(Method):
         # the config itself is written by PEFT, beside the manifest that these go into
         return {"config": type(self.config).__name__}
 
-    def check(self, model: "nn.Module", heads: list[str]) -> None:
+    def check(self, model: Model, heads: list[str]) -> None:
         from lora_kit import targets
 
         names = getattr(self.config, "target_modules", None)
@@ -66,7 +67,7 @@ class Native(Method):
 
             refuse_checkpointing(model)
 
-    def attach(self, model: "nn.Module", heads: list[str], name: str) -> Attached:
+    def attach(self, model: Model, heads: list[str], name: str) -> Attached:
         from lora_kit import targets
 
         config = copy.deepcopy(self.config)
@@ -82,7 +83,7 @@ class Native(Method):
         return Attached(wrap(model, config, name), f"as {type(config).__name__} says")
 
 
-def wrap(model: "nn.Module", config: Any, name: str) -> "nn.Module":
+def wrap(model: Model, config: Any, name: str) -> Model:
     """`peft.get_peft_model`, with heads that train in float32 and without PEFT's transient warning.
 
     A head in 16 bit would round its updates away, so the trained copy is float32 and casts its inputs.
@@ -103,7 +104,7 @@ def wrap(model: "nn.Module", config: Any, name: str) -> "nn.Module":
     return adapted
 
 
-def train_heads_in_float32(model: "nn.Module", name: str) -> None:
+def train_heads_in_float32(model: Model, name: str) -> None:
     """Cast the trained copies of `modules_to_save` to float32, in place, and their inputs on the way in."""
     import torch
     from peft.utils import ModulesToSaveWrapper

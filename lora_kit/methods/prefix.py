@@ -1,16 +1,17 @@
 """Prefix tuning: trained keys and values in front of each layer's own, by PEFT."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_kit.errors import OptionError, UnsupportedError
 from lora_kit.messages import quiet, say
 from lora_kit.methods.method import Attached, Method, positive_integer
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 TASKS = ("causal-lm", "seq2seq-lm", "classification")
 
@@ -65,7 +66,7 @@ class Prefix(Method):
         words = " ".join(texts[: 4 * self.num_virtual_tokens]).split()[: 8 * self.num_virtual_tokens]
         return dataclasses.replace(self, init_text=" ".join(words))
 
-    def check(self, model: "nn.Module", heads: list[str]) -> None:
+    def check(self, model: Model, heads: list[str]) -> None:
         from lora_kit import base
 
         task = base.task_of(model)
@@ -88,7 +89,7 @@ class Prefix(Method):
             )
         refuse_checkpointing(model)
 
-    def attach(self, model: "nn.Module", heads: list[str], name: str) -> Attached:
+    def attach(self, model: Model, heads: list[str], name: str) -> Attached:
         from peft import PrefixTuningConfig
 
         from lora_kit import targets
@@ -111,7 +112,7 @@ class Prefix(Method):
                 embedding.data.copy_(states)
         return Attached(adapted, f"{self.num_virtual_tokens} keys and values in each of {config.num_layers} layers")
 
-    def _start_states(self, model: "nn.Module") -> "torch.Tensor":
+    def _start_states(self, model: Model) -> "torch.Tensor":
         """The model's own keys and values for the start text: (num_virtual_tokens, layers · 2 · heads · head size)."""
         import torch
         from transformers import DynamicCache, EncoderDecoderCache
@@ -137,7 +138,7 @@ class Prefix(Method):
         stacked = torch.stack([state for pair in layers for state in pair])
         return stacked.permute(2, 0, 1, 3).reshape(stacked.shape[2], -1).float()
 
-    def _start_ids(self, model: "nn.Module") -> list[int]:
+    def _start_ids(self, model: Model) -> list[int]:
         """Exactly `num_virtual_tokens` token ids."""
         wanted = self.num_virtual_tokens
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -160,7 +161,7 @@ class Prefix(Method):
         return (ids * -(-wanted // len(ids)))[:wanted]
 
 
-def _tokenize(text: str, model: "nn.Module") -> list[int]:
+def _tokenize(text: str, model: Model) -> list[int]:
     from lora_kit import base
 
     tokenizer = base.tokenizer_of(model)
@@ -172,14 +173,14 @@ def _tokenize(text: str, model: "nn.Module") -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _parameters(forward: object) -> list[str]:
+def _parameters(forward: Callable[..., Any]) -> list[str]:
     import inspect
 
-    return list(inspect.signature(forward).parameters)  # type: ignore[arg-type] # a bound method
+    return list(inspect.signature(forward).parameters)
 
 
-def _takes_cache(model: "nn.Module") -> bool:
-    backbone = getattr(model, "base_model", model)
+def _takes_cache(model: Model) -> bool:
+    backbone: Any = getattr(model, "base_model", model)
     return "past_key_values" in _parameters(model.forward) or "past_key_values" in _parameters(backbone.forward)
 
 
@@ -189,13 +190,13 @@ CHECKPOINTING = (
 )
 
 
-def refuse_checkpointing(model: "nn.Module") -> None:
+def refuse_checkpointing(model: Model) -> None:
     """Raise if the model recomputes its activations."""
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         raise UnsupportedError(CHECKPOINTING)
 
 
-def refuse_later_checkpointing(model: "nn.Module") -> None:
+def refuse_later_checkpointing(model: Model) -> None:
     """Make `model.gradient_checkpointing_enable()`, which trainers call, raise from now on: this instance only."""
     for enable in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
         if hasattr(model, enable):

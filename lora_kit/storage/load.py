@@ -10,6 +10,7 @@ from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, lis
 from lora_kit.methods import METHODS
 from lora_kit.methods.native import wrap
 from lora_kit.storage import manifest
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ def load(
     quantization: Any = None,
     dtype: "torch.dtype | str" = "auto",
     device: str | None = None,
-) -> Any:
+) -> Model:
     """Bring back what `save`, or plain PEFT or transformers, wrote. A base that is handed in is changed in place.
 
     Args:
@@ -66,7 +67,7 @@ def load(
 
 def _load_whole(
     folder: Path, facts: dict[str, Any], *, train: bool, quantization: Any, dtype: Any, device: str | None
-) -> Any:
+) -> Model:
     config = bits.resolve(quantization)
     source = base_models.examine(str(folder), task=facts.get("task"), dtype=dtype, device=device, model_kwargs=None)
     if train:
@@ -80,7 +81,7 @@ def _load_whole(
         raise AdapterMismatchError(f"{folder} has no weights for {listing(missing)}; the model is not complete.")
     model.requires_grad_(train)
     model.train(train)
-    model.lora_kit_record = _record(facts, model, "full", facts.get("base"), "default")  # type: ignore[assignment] # a plain attribute
+    model.lora_kit_record = _record(facts, model, "full", facts.get("base"), "default")
     return model
 
 
@@ -93,7 +94,7 @@ def _load_adapter(
     quantization: Any,
     dtype: Any,
     device: str | None,
-) -> Any:
+) -> Model:
     from peft import PeftConfig
     from peft.utils import set_peft_model_state_dict
     from safetensors import SafetensorError
@@ -123,7 +124,7 @@ def _load_adapter(
     except AdapterMismatchError:
         # take the wrapping off again, so that a base that was handed in can be used for something else
         if hasattr(adapted.base_model, "unload"):
-            adapted.base_model.unload()  # type: ignore[operator] # the tuner's method
+            adapted.base_model.unload()
         raise
     set_peft_model_state_dict(adapted, tensors, adapter_name="default")
     if not train:
@@ -131,13 +132,13 @@ def _load_adapter(
     adapted.train(train)
     word = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config.peft_type.value, "peft")
     name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
-    adapted.lora_kit_record = _record(facts, adapted, word, str(name) if name else None, "default", parameters)  # type: ignore[assignment] # a plain attribute
+    adapted.lora_kit_record = _record(facts, adapted, word, str(name) if name else None, "default", parameters)
     return adapted
 
 
 def _base_for(
     folder: Path, facts: dict[str, Any], config: Any, base: Any, quantization: Any, dtype: Any, device: str | None
-) -> "nn.Module":
+) -> Model:
     """The base model, loaded or as given, quantized if asked."""
     from torch import nn
 
@@ -159,18 +160,22 @@ def _base_for(
     model, _ = base_models.load(source, quantized)
     if source.path is None and quantized is not None:
         bits.quantize_(model, quantized, heads)
-    bits.keep_gradients_right(model)
+    bits.settle(model)
     return model
 
 
-def _compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: "nn.Module") -> None:
+def _compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: Model) -> None:
     """Refuse unless the file has exactly the tensors, by name and shape, that the wrapped model expects."""
     from peft.utils import get_peft_model_state_dict
 
     expected = get_peft_model_state_dict(adapted, adapter_name="default", save_embedding_layers=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    shapes = [f"{name} is {found[name]}, needed {wanted[name]}" for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+    shapes = [
+        f"{name} is {found[name]}, needed {wanted[name]}"
+        for name in wanted
+        if found.get(name, wanted[name]) != wanted[name]
+    ]
     missing = sorted(set(wanted) - set(found))
     unexpected = sorted(set(found) - set(wanted))
     if not (shapes or missing or unexpected):
@@ -187,11 +192,11 @@ def _compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: "nn.Module
 
 
 def _record(
-    facts: dict[str, Any], model: "nn.Module", word: str, base: str | None, name: str, parameters: int | None = None
+    facts: dict[str, Any], model: Model, word: str, base: str | None, name: str, parameters: int | None = None
 ) -> Record:
     from lora_kit.adaptation import _dtype
 
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator] # PeftModel's method
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
     return Record(
         method=str(facts.get("method", word)),
         options=dict(facts.get("options") or {}),

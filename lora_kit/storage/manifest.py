@@ -70,7 +70,9 @@ def read(folder: Path) -> dict[str, Any] | None:
     for name, (size, digest) in recorded.items():
         found = folder / name
         if not found.is_file():
-            raise StorageError(f"{found} is missing, but {NAME} lists it; nothing was loaded. Save again, or copy it back.")
+            raise StorageError(
+                f"{found} is missing, but {NAME} lists it; nothing was loaded. Save again, or copy it back."
+            )
         if found.stat().st_size != size or _sha256(found) != digest:
             raise StorageError(
                 f"{found} does not match its recorded SHA-256 ({size:,} bytes recorded, {found.stat().st_size:,} "

@@ -12,6 +12,7 @@ from lora_kit.errors import CannotMergeError
 from lora_kit.messages import say
 from lora_kit.storage.load import load
 from lora_kit.storage.save import save, write_tokenizer
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +67,9 @@ def merge(
     with_adapter = _logits(adapted, batch)
     effect = None
     if not whole:
-        with adapted.disable_adapter():  # type: ignore[operator] # PeftModel's method
+        with adapted.disable_adapter():
             effect = float((with_adapter - _logits(adapted, batch)).abs().mean())
-        merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator] # PeftModel's method
+        merged = adapted.merge_and_unload(safe_merge=True)
     else:
         merged = adapted
     # one rounding to the base's dtype; back in float32 only the rounding is left to measure
@@ -84,7 +85,7 @@ def merge(
     return result
 
 
-def _adapted_in_float32(model_or_path: Any, base: Any) -> "tuple[nn.Module, torch.dtype, str | None]":
+def _adapted_in_float32(model_or_path: Any, base: Any) -> "tuple[Model, torch.dtype, str | None]":
     """(the adapted model in float32 on the CPU, the dtype to write, where the base came from)."""
     import torch
     from torch import nn
@@ -97,7 +98,9 @@ def _adapted_in_float32(model_or_path: Any, base: Any) -> "tuple[nn.Module, torc
             # what is in memory is the truth, whatever the files say
             twin = copy.deepcopy(model_or_path).cpu().float().eval()
             return twin, dtype, record.base
-        if base is None and (record.base is None or base_models.tokenizer_of(record.base) is None and not _is_there(record.base)):
+        if base is None and (
+            record.base is None or (base_models.tokenizer_of(record.base) is None and not _is_there(record.base))
+        ):
             raise CannotMergeError(
                 f"the base is in {record.quantization} and its 16-bit weights are not at hand"
                 + (f" ({record.base} cannot be read)" if record.base else "")
@@ -120,7 +123,7 @@ def _is_there(path: str) -> bool:
     return True
 
 
-def _from_folder(folder: Path, base: Any) -> "tuple[nn.Module, torch.dtype, str | None]":
+def _from_folder(folder: Path, base: Any) -> "tuple[Model, torch.dtype, str | None]":
     import torch
     from torch import nn
 
@@ -147,25 +150,25 @@ def _from_folder(folder: Path, base: Any) -> "tuple[nn.Module, torch.dtype, str 
 def _refuse_prefix(method: str) -> None:
     if method == "prefix":
         raise CannotMergeError(
-            "a prefix cannot be merged: its keys and values stand beside the weights, not in them. Keep the folder that "
-            "save() wrote and load it with load(path, base=...)."
+            "a prefix cannot be merged: its keys and values stand beside the weights, not in them. Keep the folder "
+            "that save() wrote and load it with load(path, base=...)."
         )
 
 
-def _probe(model: "nn.Module") -> dict[str, Any]:
+def _probe(model: Model) -> dict[str, Any]:
     """Two sequences of random tokens: (2, 24)."""
     import torch
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr] # a transformers model
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(5, vocabulary - 1), vocabulary, (2, 24), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder and "classification" not in (record_of(model).task or ""):  # type: ignore[union-attr] # a transformers config
+    if model.config.is_encoder_decoder and "classification" not in (record_of(model).task or ""):
         batch["decoder_input_ids"] = ids
     return batch
 
 
-def _logits(model: "nn.Module", batch: dict[str, Any]) -> "torch.Tensor":
+def _logits(model: Model, batch: dict[str, Any]) -> "torch.Tensor":
     import torch
 
     model.eval()

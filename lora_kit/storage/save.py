@@ -9,12 +9,13 @@ from lora_kit import base
 from lora_kit.adaptation import record_of
 from lora_kit.errors import StorageError
 from lora_kit.storage import manifest
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 
-def save(model: "nn.Module", path: str | Path) -> Path:
+def save(model: Model, path: str | Path) -> Path:
     """Write what was trained to a folder: an adapter in PEFT's layout, or a whole model in transformers'.
 
     The files are written beside the folder first and moved into it one by one, the manifest `lora_kit.json` last. Files
@@ -61,7 +62,7 @@ def save(model: "nn.Module", path: str | Path) -> Path:
             written = staging
             model.save_pretrained(staging)
             write_tokenizer(record.base, staging)
-        labels = model.config.id2label if record.task and "classification" in record.task else None  # type: ignore[union-attr] # a transformers config
+        labels = model.config.id2label if record.task and "classification" in record.task else None
         manifest.write(written, record, labels)
         _move(written, folder)
     finally:
@@ -69,13 +70,13 @@ def save(model: "nn.Module", path: str | Path) -> Path:
     return folder
 
 
-def _write_adapter(model: "nn.Module", name: str, staging: Path) -> Path:
+def _write_adapter(model: Model, name: str, staging: Path) -> Path:
     """PEFT's own files; returns the folder that they are in."""
-    config = model.peft_config[name]  # type: ignore[index] # PeftModel's dict by name
+    config = model.peft_config[name]
     targets = getattr(config, "target_modules", None) or ()
     embeddings = any("embed" in target for target in targets) if not isinstance(targets, str) else "embed" in targets
     # "auto", PEFT's default, would look the base up on the hub to see whether its vocabulary was resized
-    model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=embeddings)  # type: ignore[operator] # PeftModel's method
+    model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=embeddings)
     # PEFT puts an adapter of any other name into a folder of that name
     return staging if name == "default" else staging / name
 
@@ -92,4 +93,4 @@ def _move(source: Path, folder: Path) -> None:
     files = [file for file in source.iterdir() if file.is_file()]
     files.sort(key=lambda file: file.name == manifest.NAME)
     for file in files:
-        os.replace(file, folder / file.name)
+        file.replace(folder / file.name)

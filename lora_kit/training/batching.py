@@ -10,8 +10,8 @@ from lora_kit.training.data import IGNORED, Row
 class Collator:
     """Rows to a batch: `input_ids` and `attention_mask` of shape (batch, longest), `labels` beside them.
 
-    The mask comes from the rows' lengths and padded labels are ignored, whatever the padding token is: a tokenizer whose
-    padding is its end token still teaches the model to stop.
+    The mask comes from the rows' lengths and padded labels are ignored, whatever the padding token is: a tokenizer
+    whose padding is its end token still teaches the model to stop.
     """
 
     padding: int

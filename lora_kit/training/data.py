@@ -151,8 +151,9 @@ def _open_folder(folder: Path) -> tuple[list[Row], list[Row] | None]:
         return _open_file(files["train"]), _open_file(test) if test else None
     if len(files) == 1:
         return _open_file(next(iter(files.values()))), None
+    held = listing(file.name for file in files.values()) or "no data file"
     raise DataError(
-        f"the folder {folder} holds {listing(f.name for f in files.values()) or 'no data file'}; needed is a file called "
+        f"the folder {folder} holds {held}; needed is a file called "
         f"train ({listing('train' + e for e in ENDINGS)}), or a single file."
     )
 
@@ -277,10 +278,10 @@ def tokenize(rows: Rows, tokenizer: Any, *, task: str, max_length: int) -> tuple
         fits = [wanted for kind, wanted in makers if kind == rows.kind]
         raise DataError(f"{rows.kind} data is for a model of the task {listing(fits)}; this one is for {task}.")
     if rows.kind == "document":
-        parts = tuple(_blocks(maker(part[0]), max_length) for part in (rows.train, rows.test))
-        if not parts[0] or not parts[1]:
+        blocks, held_out = (_blocks(maker(part[0]), max_length) for part in (rows.train, rows.test))
+        if not blocks or not held_out:
             raise DataError(f"the text is shorter than two blocks of {max_length} tokens; choose a smaller max_length.")
-        return parts  # type: ignore[return-value] # two parts
+        return blocks, held_out
     closing = {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}
     train, test = ([maker(row) for row in part] for part in (rows.train, rows.test))
     return _cut(train, max_length, closing, "training"), _cut(test, max_length, closing, "test")
@@ -291,7 +292,9 @@ def _classification(row: Row, tokenizer: Any) -> Row:
 
 
 def _text(row: Row, tokenizer: Any, *, end: bool = True) -> Row:
-    ids = _close(tokenizer(str(row["text"]))["input_ids"], tokenizer) if end else tokenizer(str(row["text"]))["input_ids"]
+    ids = (
+        _close(tokenizer(str(row["text"]))["input_ids"], tokenizer) if end else tokenizer(str(row["text"]))["input_ids"]
+    )
     return {"input_ids": ids, "labels": list(ids)}
 
 
@@ -329,7 +332,9 @@ def _chat(row: Row, tokenizer: Any) -> Row:
             continue
         start, stop = len(ids(turn, prompt=True)), len(ids(turn + 1, prompt=False))
         if ids(turn + 1, prompt=False) != whole[:stop]:
-            raise DataError("the chat template rewrites earlier turns when a later one is added; give prompt/completion.")
+            raise DataError(
+                "the chat template rewrites earlier turns when a later one is added; give prompt/completion."
+            )
         labels[start:stop] = whole[start:stop]
     if set(labels) == {IGNORED}:
         raise DataError("a conversation has no assistant turn to learn from.")

@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING, Any
 from lora_kit.adaptation import record_of
 from lora_kit.errors import OptionError, UnsupportedError
 from lora_kit.methods import METHODS, Method, Native
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 
-def _method_of(model: "nn.Module") -> type[Method]:
+def _method_of(model: Model) -> type[Method]:
     return METHODS.get(record_of(model).method, Native)
 
 
-def _rates(model: "nn.Module", lr: float | None) -> tuple[float, float]:
+def _rates(model: Model, lr: float | None) -> tuple[float, float]:
     """(learning rate, learning rate of heads); a rate given by the caller keeps the method's ratio between them."""
     if lr is not None and not lr > 0:
         raise OptionError(f"lr must be above 0, got {lr!r}.")
@@ -24,7 +25,7 @@ def _rates(model: "nn.Module", lr: float | None) -> tuple[float, float]:
     return (rate, head) if lr is None else (lr, lr * head / rate)
 
 
-def param_groups(model: "nn.Module", lr: float | None = None) -> list[dict[str, Any]]:
+def param_groups(model: Model, lr: float | None = None) -> list[dict[str, Any]]:
     """Optimizer groups that carry the method's learning rate and weight decay.
 
     Args:
@@ -65,12 +66,12 @@ def param_groups(model: "nn.Module", lr: float | None = None) -> list[dict[str, 
         groups.setdefault(key, group)["params"].append(parameter)
     if not groups:
         raise UnsupportedError(
-            "nothing in this model is trainable. Call adapt(model, ...), or load(path, ..., train=True) to go on training."
+            "nothing in this model is trainable. Call adapt(model, ...), or load(path, ..., train=True) to go on."
         )
     return list(groups.values())
 
 
-def training_defaults(model: "nn.Module") -> dict[str, Any]:
+def training_defaults(model: Model) -> dict[str, Any]:
     """Fields of `transformers.TrainingArguments` with the method's learning rate, weight decay and warm-up.
 
     Pass your own on top: `TrainingArguments(**{**training_defaults(model), "learning_rate": 1e-4}, output_dir="out")`.
@@ -98,5 +99,5 @@ def training_defaults(model: "nn.Module") -> dict[str, Any]:
     }
 
 
-def _has(model: "nn.Module", dtype: str) -> bool:
+def _has(model: Model, dtype: str) -> bool:
     return any(str(p.dtype) == f"torch.{dtype}" for p in model.parameters())

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from lora_kit import base
 from lora_kit.adaptation import adapt, record_of
 from lora_kit.errors import DataError, OptionError, listing, nearest
-from lora_kit.methods import resolve
 from lora_kit.messages import quiet
+from lora_kit.methods import resolve
 from lora_kit.storage.save import save
 from lora_kit.training import data as rows_from
 from lora_kit.training import metrics
 from lora_kit.training.batching import Collator, padding_id, sort_for_measuring
 from lora_kit.training.defaults import param_groups, training_defaults
+from lora_kit.types import Model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,23 +80,24 @@ def finetune(
     """Fine-tune a model on rows of text and measure it before and after on rows held out.
 
     Args:
-        model: an adapted model, which is trained in place; or a hub id or path, which is adapted first.
-        data: path of a CSV, JSON lines, Parquet or text file, of a folder, a `datasets.Dataset`, or a hub id. Columns:
-            text and label; prompt and completion; messages; or text alone.
-        method: for an id or a path: `"lora"` (the default), `"prefix"`, `"full"`, an option object or a PEFT config.
-        quantization: for an id or a path: None, `"8bit"` or `"4bit"`.
-        output: folder to save the result in. None: it is not saved.
-        test_data: rows to measure on. None: the data's own test part, else a tenth of the rows.
+        model: hub id or path; in a program also an adapted model, which is trained in place.
+        data: path of a CSV, JSON lines, Parquet or text file, path of a folder, or a hub id; in a program also a
+            `datasets.Dataset`. Columns: text and label; prompt and completion; messages; or text alone.
+        method: for an id or a path: lora (the default), prefix or full; in a program also an option object or a PEFT
+            config.
+        quantization: for an id or a path: 8bit or 4bit. By default the weights stay as they are.
+        output: folder to save the result in. By default it is not saved.
+        test_data: rows to measure on. By default the data's own test part, else a tenth of the rows.
         train_rows: use the first so many training rows only.
         test_rows: measure on the first so many held-out rows only.
         epochs: passes over the training rows.
         batch_size: rows in a step.
         max_length: tokens of a row; longer ones are cut.
-        learning_rate: None for the method's own.
+        learning_rate: by default the method's own.
         seed: of new heads, adapters, and the order of rows.
-        dtype: for an id or a path: dtype to load the weights in.
-        device: where to train. None: on the GPU if there is one.
-        tokenizer: None for the one that lies where the model came from.
+        dtype: for an id or a path: bfloat16, float16 or float32. By default (auto) the checkpoint's own.
+        device: cuda or cpu. By default the GPU if there is one.
+        tokenizer: by default the one that lies where the model came from.
         callbacks: of `transformers.Trainer`.
         training_arguments: fields of `transformers.TrainingArguments` that overrule what is chosen here.
         options: fields of the method's option class, such as `rank=32`.
@@ -122,17 +124,21 @@ def finetune(
             model_kwargs=head_for(rows),
         )
     else:
-        given = {"method": method, "quantization": quantization, **options} | ({} if dtype == "auto" else {"dtype": dtype})
+        given = {"method": method, "quantization": quantization, **options} | (
+            {} if dtype == "auto" else {"dtype": dtype}
+        )
         for key, value in given.items():
             if value is not None:
                 raise OptionError(
-                    f"{key}={value!r} is for a hub id or a path, but a loaded {type(model).__name__} was given; pass it "
-                    "to adapt() instead."
+                    f"{key}={value!r} is for a hub id or a path, but a loaded {type(model).__name__} was given; pass "
+                    "it to adapt() instead."
                 )
         adapted = model if device is None else model.to(device)
         tokenizer = tokenizer or base.tokenizer_of(model)
     if tokenizer is None:
-        raise OptionError("no tokenizer is known for this model (its config names no place that has one); pass tokenizer=.")
+        raise OptionError(
+            "no tokenizer is known for this model (its config names no place that has one); pass tokenizer=."
+        )
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(
@@ -169,7 +175,7 @@ def head_for(rows: rows_from.Rows) -> dict[str, Any] | None:
 
 
 def build_trainer(
-    model: "nn.Module",
+    model: Model,
     rows: rows_from.Rows,
     tokenizer: Any,
     folder: str | Path,
@@ -192,14 +198,16 @@ def build_trainer(
     config = model.config
     if rows.kind == "classification" and getattr(config, "num_labels", None) != len(rows.labels):
         raise DataError(
-            f"the data has {len(rows.labels)} labels ({listing(rows.labels)}), the model's head {config.num_labels}; load "  # type: ignore[union-attr] # a transformers config
-            f"the model with num_labels={len(rows.labels)}."
+            f"the data has {len(rows.labels)} labels ({listing(rows.labels)}), the model's head {config.num_labels}; "
+            f"load the model with num_labels={len(rows.labels)}."
         )
-    with quiet("transformers.tokenization_utils_base"):  # a long text is longer than the model; it is cut to blocks below
+    with quiet(
+        "transformers.tokenization_utils_base"
+    ):  # a long text is longer than the model; it is cut to blocks below
         train, test = rows_from.tokenize(rows, tokenizer, task=task, max_length=max_length)
     padding = padding_id(tokenizer)
     if task == "classification" and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = padding  # type: ignore[union-attr] # decoders look for the last token that is not padding
+        config.pad_token_id = padding
     device = next(model.parameters()).device
     fields: dict[str, Any] = {
         "num_train_epochs": epochs,

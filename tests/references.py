@@ -1,0 +1,56 @@
+"""The truths that tests and benchmarks compare with: plain torch, written for clarity alone."""
+
+import torch
+from torch.nn import functional
+
+# The 16 values of NF4 (Dettmers et al. 2023, appendix E): quantiles of a normal distribution, zero included.
+NF4 = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
+
+
+def lora_linear(x, weight, bias, a, b, scale):
+    """`x Wᵀ + bias + scale · x Aᵀ Bᵀ`: (..., in) -> (..., out)."""
+    return functional.linear(x, weight, bias) + scale * (x @ a.T @ b.T)
+
+
+def nf4_round_trip(weight, block=64):
+    """Each value to the nearest of the 16, after scaling its block of 64 to [-1, 1]; scales kept in float32."""
+    blocks = weight.float().reshape(-1, block)
+    scale = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks / scale).unsqueeze(-1).sub(NF4).abs().argmin(-1)
+    return (NF4[nearest] * scale).reshape(weight.shape)
+
+
+def int8_round_trip(weight):
+    """Each row to whole steps of its largest magnitude / 127."""
+    scale = weight.float().abs().amax(1, keepdim=True) / 127
+    return (weight.float() / scale).round() * scale
+
+
+def token_loss(logits, labels):
+    """(summed negative log-likelihood, labelled tokens) of next-token prediction, token by token."""
+    total, count = 0.0, 0
+    for row, wanted in zip(logits, labels, strict=True):
+        for position in range(len(wanted) - 1):
+            if wanted[position + 1] != -100:
+                total -= row[position].double().log_softmax(-1)[wanted[position + 1]].item()
+                count += 1
+    return total, count
