@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit import quantization
 from lora_kit.errors import AlreadyAdaptedError, OptionError, UnsupportedError, listing, nearest
+from lora_kit.messages import say
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -189,14 +190,33 @@ def load(source: Source, quantized: "BitsAndBytesConfig | None") -> tuple[Model,
         kwargs["device_map"] = {"": device}
     auto = getattr(transformers, TASKS[source.task or ""][0])
     model, info = auto.from_pretrained(
-        source.path, config=source.config, dtype=source.dtype, output_loading_info=True, **kwargs
+        source.path,
+        config=source.config,
+        dtype=source.dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **kwargs,
     )
     if quantized is None:
         model.to(device)
     else:
         quantization.settle(model)
-    missing = sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
+    resized = {name: (found, wanted) for name, found, wanted in info["mismatched_keys"]}
+    _refuse_resized_backbone(resized, heads_of(model), source.path)
+    missing = sorted({name.rpartition(".")[0] for name in {*info["missing_keys"], *resized}})
     return model, missing
+
+
+def _refuse_resized_backbone(resized: dict[str, tuple[Any, Any]], heads: list[str], path: str) -> None:
+    """A head of another size (other labels) starts anew, and that is said; any other weight must fit."""
+    for name, (found, wanted) in resized.items():
+        head = next((head for head in heads if name.startswith(f"{head}.")), None)
+        if head is None:
+            raise UnsupportedError(
+                f"{path}: {name} is {tuple(found)} in the checkpoint, {tuple(wanted)} in the model; the config does not "
+                "belong to these weights."
+            )
+        say(f"head {head!r}: {name} is {tuple(found)} in the checkpoint, needed is {tuple(wanted)}; it starts anew")
 
 
 def heads_of(model: Model, missing: list[str] | None = None) -> list[str]:

@@ -14,7 +14,10 @@ from lora_kit import METHODS, Full, LoRA, Prefix, adapt, load, param_groups, sav
 from lora_kit.errors import AlreadyAdaptedError, LoraKitError, OptionError, TargetError, UnsupportedError
 
 CELLS = [
-    (method, base) for method, kind in METHODS.items() for base in (None, "8bit", "4bit") if kind.quantizable or not base
+    (method, base)
+    for method, kind in METHODS.items()
+    for base in (None, "8bit", "4bit")
+    if kind.quantizable or not base
 ]
 AUTO = {
     "llama": "AutoModelForCausalLM",
@@ -184,9 +187,7 @@ def test_new_head_is_trained_and_saved_whatever_its_name(models, tmp_path):
     path = tmp_path / "backbone"
     tiny.build("bert").bert.save_pretrained(path)
     for base in (None, "8bit", "4bit"):
-        model = adapt(
-            str(path), "lora", task="classification", quantization=base, model_kwargs={"num_labels": 4}
-        )
+        model = adapt(str(path), "lora", task="classification", quantization=base, model_kwargs={"num_labels": 4})
         head = model.get_base_model().classifier
         assert type(head.modules_to_save["default"]) is torch.nn.Linear
         assert head.modules_to_save["default"].weight.requires_grad
@@ -375,10 +376,14 @@ def test_already_adapted():
 
 def test_full_on_a_quantized_base(models):
     path = tiny.on_disk("llama", models)
-    refused(UnsupportedError, "method 'full' with quantization='4bit'", "method='lora'", method="full", quantization="4bit")
+    refused(
+        UnsupportedError, "method 'full' with quantization='4bit'", "method='lora'", method="full", quantization="4bit"
+    )
     quantized = adapt(path, "lora", quantization="4bit").unload()
     refused(UnsupportedError, "method 'full' on a 4bit base", "without quantization", model=quantized, method="full")
-    refused(UnsupportedError, "quantization='8bit' asked", "already quantized (4bit)", model=quantized, quantization="8bit")
+    refused(
+        UnsupportedError, "quantization='8bit' asked", "already quantized (4bit)", model=quantized, quantization="8bit"
+    )
 
 
 def test_unknown_quantization_and_task(models):
@@ -406,7 +411,9 @@ def test_a_backbone_needs_a_task(tmp_path):
 
 
 def test_options_for_loading_beside_a_loaded_model():
-    refused(OptionError, "task='causal-lm' is for a model that is still to be loaded", "Leave task out", task="causal-lm")
+    refused(
+        OptionError, "task='causal-lm' is for a model that is still to be loaded", "Leave task out", task="causal-lm"
+    )
     refused(OptionError, "dtype='bfloat16'", dtype="bfloat16")
 
 
@@ -419,7 +426,9 @@ def test_prefix_where_it_cannot_work():
     refused(UnsupportedError, "prefix tuning needs a model of transformers", model=NoAttention(), method="prefix")
     model = tiny.build("llama")
     checkpoint(model)
-    refused(UnsupportedError, "prefix tuning with gradient checkpointing", "method='lora'", model=model, method="prefix")
+    refused(
+        UnsupportedError, "prefix tuning with gradient checkpointing", "method='lora'", model=model, method="prefix"
+    )
 
 
 def test_prefix_refuses_checkpointing_later():

@@ -46,7 +46,7 @@ class PeakBytes:
         else:
             self._watch = _watch(self._existing)
             self._watch.__enter__()
-        self._existing = []
+        self._existing.clear()  # a reference kept here would keep freed tensors alive
         return self
 
     def __exit__(

@@ -116,6 +116,7 @@ def _load_adapter(
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not train
     recorded = facts.get("base") or config.base_model_name_or_path
+    config.base_model_name_or_path = None  # PEFT notes the name of the base that it is put on
     model = _base_for(folder, facts, config, base or recorded, quantization, dtype, device)
     parameters = count_parameters(model)
     adapted = wrap(model, config, "default")

@@ -51,13 +51,13 @@ def param_groups(model: Model, lr: float | None = None) -> list[dict[str, Any]]:
     """
     record, method = record_of(model), _method_of(model)
     rate, head_rate = _rates(model, lr)
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    in_heads = {id(p) for path in record.heads for p in inner.get_submodule(path).parameters()}
     groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        # a wrapped head's path begins with PEFT's own parts
-        inner = name.removeprefix("base_model.model.")
-        head = any(inner.startswith(f"{path}.") for path in record.heads)
+        head = id(parameter) in in_heads
         # biases and norms are not pulled towards zero
         decay = method.weight_decay if parameter.dim() >= 2 and not head else 0.0
         part = "head" if head else ("weights" if method.word == "full" else "adapter")
