@@ -92,6 +92,6 @@ again = load(
     dtype="float32" if arguments.method == "full" else "bfloat16",
     device="cpu",
 )
-text = "Not a single thing went wrong, and the staff could not have been kinder."
+text = "What a lovely hotel, the staff were so kind and we will be back."
 said = again(**tokenizer(text, return_tensors="pt")).logits.argmax(-1).item()
 print(f"saved in {folder}; {text!r} is {again.config.id2label[said]}")

@@ -213,8 +213,8 @@ def _refuse_resized_backbone(resized: dict[str, tuple[Any, Any]], heads: list[st
         head = next((head for head in heads if name.startswith(f"{head}.")), None)
         if head is None:
             raise UnsupportedError(
-                f"{path}: {name} is {tuple(found)} in the checkpoint, {tuple(wanted)} in the model; the config does not "
-                "belong to these weights."
+                f"{path}: {name} is {tuple(found)} in the checkpoint, {tuple(wanted)} in the model; the config does "
+                "not belong to these weights."
             )
         say(f"head {head!r}: {name} is {tuple(found)} in the checkpoint, needed is {tuple(wanted)}; it starts anew")
 

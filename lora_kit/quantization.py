@@ -199,10 +199,10 @@ def _quantized(module: Model, config: "BitsAndBytesConfig") -> Model:
 def settle(model: Model) -> None:
     """Do now, on this instance, what bitsandbytes would do to 4-bit layers in the middle of training.
 
-    Packing: on CPUs with AVX512-BF16 the weights are repacked at the first evaluation, and from then on a kernel without
-    a gradient formula runs, in training too: gradients flow only around the quantized layers, without a warning. It is
-    switched off. Biases: the first forward casts them to the compute dtype; they are cast here, so that training leaves
-    every frozen tensor bit-identical.
+    Packing: on CPUs with AVX512-BF16 the weights are repacked at the first evaluation, and from then on a kernel
+    without a gradient formula runs, in training too: gradients flow only around the quantized layers, without a
+    warning. It is switched off. Biases: the first forward casts them to the compute dtype; they are cast here, so that
+    training leaves every frozen tensor bit-identical.
     """
     for module in model.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):

@@ -62,7 +62,7 @@ def train(model, batch, steps=2):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(("method", "base"), CELLS, ids=ids)
 def test_train_save_load(family, method, base, models, tmp_path):
-    """Two steps move what should move and nothing else; the files bring the same logits back, here and in plain PEFT."""
+    """Two steps move what should move and nothing else; the files bring back the same logits, here and in PEFT."""
     path = tiny.on_disk(family, models)
     batch = tiny.batch(family)
     model = adapt(path, method, quantization=base)
@@ -269,7 +269,7 @@ def test_any_peft_config(config, tmp_path, models):
     path = tiny.on_disk("llama", models)
     given = dict(config.__dict__)
     model = adapt(path, config)
-    assert {k: v for k, v in config.__dict__.items()} == given, "the caller's config was changed"
+    assert config.__dict__ == given, "the caller's config was changed"
     batch = tiny.batch("llama")
     train(model, batch)
     expected = logits(model, batch)

@@ -1,6 +1,8 @@
 """The command line reads well, lists what exists, and ends with one line on a mistake."""
 
 import inspect
+import os
+import re
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ def run(*arguments, code=0):
         [sys.executable, "-m", "lora_kit.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**__import__("os").environ, "COLUMNS": "100", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"},
     )
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout, done.stderr
@@ -23,7 +25,7 @@ def run(*arguments, code=0):
 
 def test_help_lists_what_is_built():
     out, _ = run("--help")
-    commands = [line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()]
+    commands = re.findall(r"^  (\w+)", out.partition("Commands:")[2], re.M)
     assert commands == ["compare", "finetune", "merge"]
     assert "--version" in out
 

@@ -55,12 +55,12 @@ def test_import_is_inert_and_light():
 
 
 def test_every_public_name_is_there():
-    assert (
-        run(
-            "import lora_kit\nfor n in lora_kit.__all__: getattr(lora_kit, n)\nprint(set(lora_kit.__all__) <= set(dir(lora_kit)))"
-        )
-        == "True"
+    code = (
+        "import lora_kit\n"
+        "for n in lora_kit.__all__: getattr(lora_kit, n)\n"
+        "print(set(lora_kit.__all__) <= set(dir(lora_kit)))"
     )
+    assert run(code) == "True"
     assert "no attribute 'adopt'" in run("import lora_kit\ntry: lora_kit.adopt\nexcept AttributeError as e: print(e)")
 
 

@@ -1,4 +1,4 @@
-"""The README does what it says: its first lines run, its tables are the registry's and the results', its commands are CI's."""
+"""The README holds: its first lines run, its tables are the registry's and the results', its commands are CI's."""
 
 import re
 from pathlib import Path

@@ -100,7 +100,7 @@ def test_a_changed_file_is_refused(adapter):
     with pytest.raises(StorageError, match=r"adapter_model\.safetensors does not match its recorded SHA-256"):
         load(folder, path)
     file.unlink()
-    with pytest.raises(StorageError, match="is missing, but lora_kit.json lists it"):
+    with pytest.raises(StorageError, match=r"is missing, but lora_kit\.json lists it"):
         load(folder, path)
 
 
@@ -241,7 +241,7 @@ def test_merge_refusals(models, tmp_path):
     path = tiny.on_disk("llama", models)
     prefix = trained(path, "prefix")
     for source in (prefix, save(prefix, tmp_path / "prefix")):
-        with pytest.raises(CannotMergeError, match="a prefix cannot be merged.*load"):
+        with pytest.raises(CannotMergeError, match=r"a prefix cannot be merged.*load"):
             merge(source, tmp_path / "merged")
     homeless = trained(tiny.build("llama"), quantization="4bit")
     with pytest.raises(CannotMergeError, match=r"base is in 4bit and its 16-bit weights are not at hand.*base="):

@@ -168,7 +168,7 @@ def test_finetune_refusals(models, tmp_path):
         finetune(model, ROWS, rank=4)
     with pytest.raises(DataError, match=r"2 labels \(0, 1\), the model's head 3"):
         finetune(model, ROWS)
-    with pytest.raises(OptionError, match="no field of TrainingArguments.*'num_train_epochs'"):
+    with pytest.raises(OptionError, match=r"no field of TrainingArguments.*'num_train_epochs'"):
         finetune(path, ROWS, training_arguments={"num_train_epoch": 3})
     with pytest.raises(OptionError, match="no tokenizer is known"):
         finetune(adapt(tiny.build("llama")), [{"text": "w1"}] * 4)
