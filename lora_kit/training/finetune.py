@@ -209,13 +209,17 @@ def build_trainer(
     if task == "classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = padding
     device = next(model.parameters()).device
+    # before transformers 5.2 the switch had another name
+    known = TrainingArguments.__dataclass_fields__
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" not in known:
+        grouped = {"group_by_length": True}
     fields: dict[str, Any] = {
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": 2 * batch_size,
         "seed": seed,
         "data_seed": seed,
-        "train_sampling_strategy": "group_by_length",
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "use_cpu": device.type == "cpu",
@@ -223,11 +227,11 @@ def build_trainer(
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": "none",
+        **grouped,
         **training_defaults(model),
     }
     for key in training_arguments or {}:
-        if key not in TrainingArguments.__dataclass_fields__:
-            known = list(TrainingArguments.__dataclass_fields__)
+        if key not in known:
             raise OptionError(f"training_arguments: {key!r} is no field of TrainingArguments.{nearest(key, known)}")
     fields |= training_arguments or {}
     groups = param_groups(model, learning_rate)
