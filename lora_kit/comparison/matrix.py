@@ -86,6 +86,8 @@ def compare(
         DataError: data that is not there or not understood.
     """
     cells = _cells(methods, quantizations, seeds)
+    # what rows and report say: they are made to be passed on, so no path of this machine is in them
+    names = {"model": _name(model, demo.MODEL_NAME), "data": _name(data, demo.DATA_NAME), "test_data": _name(test_data)}
     if model is None:
         model = demo.model_path()
     settings: dict[str, Any] = {
@@ -123,7 +125,7 @@ def compare(
             result = _run(
                 spec, folder / "logs" / f"{name.replace(' ', '-')}-{key[:8]}.log", lambda *a, n=name: advance(n, *a)
             )
-            row = {"key": key, **spec, **origin, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **result}
+            row = {"key": key, **spec, **names, **origin, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **result}
             with file.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
             done[key] = row
@@ -195,6 +197,13 @@ def _absolute(path: str) -> str:
     """A path that holds in another process too; a hub id as it is."""
     expanded = Path(path).expanduser()
     return str(expanded.resolve()) if expanded.exists() else path
+
+
+def _name(path: object, otherwise: str | None = None) -> str | None:
+    """The last part of a local path, a hub id as it is."""
+    if path is None:
+        return otherwise
+    return Path(str(path)).name if Path(str(path)).expanduser().exists() else str(path)
 
 
 def _fingerprint(path: str | None) -> str | None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from lora_kit.errors import MissingPackageError
 
+MODEL_NAME = "all-MiniLM-L6-v2"
+DATA_NAME = "the bundled sentences"
 DATA = Path(__file__).parent
 """Folder with `train.csv` and `test.csv`; columns text, label, kind."""
 
