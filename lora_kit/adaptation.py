@@ -97,6 +97,7 @@ def adapt(
     source = base.examine(model, task=task, dtype=dtype, device=device, model_kwargs=model_kwargs)
     bits.check(source.skeleton, quantized)
     heads = base.heads_of(source.skeleton)
+    bits.refuse_quantized_heads(source.skeleton, heads)
     chosen.check(source.skeleton, heads)
 
     if source.path is not None and quantized is not None:

@@ -92,11 +92,13 @@ def examine(
                     f"{key}={value!r} is for a model that is still to be loaded, but a loaded "
                     f"{type(model).__name__} was given. Leave {key} out."
                 )
+        _check_device(device)
         return _examine_object(model, device)
     if not isinstance(model, str | Path):
         raise OptionError(
             f"model is a {type(model).__name__}; accepted: a hub id, the path of a folder, or a loaded torch.nn.Module."
         )
+    _check_device(device)
     return _examine_path(str(model), task, _torch_dtype(dtype), device, dict(model_kwargs or {}))
 
 
@@ -109,6 +111,19 @@ def _torch_dtype(dtype: "torch.dtype | str") -> "torch.dtype | str":
     if dtype not in accepted:
         raise OptionError(f"unknown dtype {dtype!r}; accepted: auto, {listing(accepted)}.{nearest(dtype, accepted)}")
     return accepted[dtype]
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise OptionError(f"unknown device {device!r}; accepted: cpu, cuda, cuda:0 and the like.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device={device!r}, but this torch sees no CUDA device. Leave device out to use the CPU.")
 
 
 def _examine_object(model: Model, device: str | None) -> Source:

@@ -90,6 +90,16 @@ def check(model: Model, config: "BitsAndBytesConfig | None") -> None:
     )
 
 
+def refuse_quantized_heads(model: Model, heads: list[str]) -> None:
+    """Raise if a head that must be trained is quantized, as transformers does to classifiers when it loads them."""
+    for head in heads:
+        if any(type(p).__name__ in ("Params4bit", "Int8Params") for p in model.get_submodule(head).parameters()):
+            raise UnsupportedError(
+                f"the head {head!r} is quantized ({of(model)}) and so cannot be trained. Load the model without "
+                f"quantization and let adapt(..., quantization={of(model)!r}) do it: heads stay as they are."
+            )
+
+
 def choose(model: Model, heads: list[str]) -> dict[str, Model]:
     """Path → module for everything to quantize (the weights may be on `meta`)."""
     from torch import nn

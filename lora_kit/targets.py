@@ -164,6 +164,11 @@ def match(model: Model, wanted: Iterable[str] | str) -> dict[str, Model]:
             chosen = {p: m for p, m in carriers.items() if re.fullmatch(wanted, p)}
         except re.error as error:
             raise TargetError(f"target_modules {wanted!r} is not a regular expression: {error}.") from None
+        if not chosen and any(p.endswith(f".{wanted}") for p in carriers):
+            raise TargetError(
+                f"target_modules is the string {wanted!r}, which is read as a regular expression for the whole path "
+                f"and matches none. For a name pass a list: target_modules=[{wanted!r}]."
+            )
         if not chosen:
             raise TargetError(
                 f"target_modules {wanted!r} matches the path of no linear layer.{_menu(carriers, wanted)}"

@@ -320,6 +320,28 @@ def test_unknown_option():
     refused(OptionError, "unknown option 'rank' for method 'prefix'", "num_virtual_tokens", method="prefix", rank=8)
 
 
+def test_names_of_other_libraries():
+    refused(OptionError, "unknown option 'r'", "called 'rank'", r=8)
+    refused(OptionError, "unknown option 'load_in_4bit'", "called quantization='4bit'", load_in_4bit=True)
+    refused(OptionError, "target_modules=['q_proj']", target_modules="q_proj")
+
+
+def test_device_that_is_not_there():
+    refused(OptionError, "unknown device 'gpu'", "cuda:0", device="gpu")
+    if not torch.cuda.is_available():
+        refused(OptionError, "device='cuda', but this torch sees no CUDA device", device="cuda")
+
+
+@pytest.mark.parametrize("base", ["8bit", "4bit"])
+def test_a_head_that_transformers_quantized(base, models):
+    """Loading a classifier quantized with transformers' defaults quantizes its head; that is said, not trained on."""
+    config = transformers.BitsAndBytesConfig(**{f"load_in_{base}": True})
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny.on_disk("bert", models), quantization_config=config
+    )
+    refused(UnsupportedError, f"the head 'classifier' is quantized ({base})", f"quantization='{base}'", model=model)
+
+
 def test_options_beside_an_object():
     refused(OptionError, "options rank given beside LoRA", "inside the object", method=LoRA(), rank=8)
     refused(OptionError, "class LoRA", "LoRA()", method=LoRA)

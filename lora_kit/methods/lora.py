@@ -32,6 +32,14 @@ class LoRA(Method):
     head_rate: ClassVar[float] = 5e-3
     weight_decay: ClassVar[float] = 0.0
     warmup: ClassVar[float] = 0.1
+    also_called: ClassVar[dict[str, str]] = {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "use_dora": "dora",
+        "use_rslora": "rslora",
+        "targets": "target_modules",
+    }
 
     rank: int = 16
     """Rank of the update; at most the smaller side of each adapted matrix."""

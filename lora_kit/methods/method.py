@@ -16,6 +16,18 @@ REFERENCE_PARAMETERS = 22.7e6
 SIZE_EXPONENT = 0.3
 
 
+# the same for every method: what people type who come from other libraries
+_SAME = {
+    "load_in_4bit": "quantization='4bit'",
+    "load_in_8bit": "quantization='8bit'",
+    "torch_dtype": "dtype",
+    "num_labels": "model_kwargs={'num_labels': …}",
+    "device_map": "device",
+    "adapter_name": "name",
+    "task_type": "task",
+}
+
+
 @dataclass(frozen=True)
 class Attached:
     """A model ready to train, with what the report says of it."""
@@ -49,6 +61,9 @@ class Method(ABC):
     weight_decay: ClassVar[float]
     warmup: ClassVar[float]
     """Share of all steps over which the learning rate rises from zero."""
+
+    also_called: ClassVar[dict[str, str]] = {}
+    """Names that other libraries give to options, and ours."""
 
     @property
     @abstractmethod
@@ -91,7 +106,10 @@ class Method(ABC):
         for key in options:
             if key not in accepted:
                 takes = f"accepted: {listing(accepted, 40)}" if accepted else "it takes no options"
-                raise OptionError(f"unknown option {key!r} for method {cls.word!r}; {takes}.{nearest(key, accepted)}")
+                hint = f" Here it is called {_SAME[key]}." if key in _SAME else nearest(key, accepted)
+                if key in cls.also_called:
+                    hint = f" Here it is called {cls.also_called[key]!r}."
+                raise OptionError(f"unknown option {key!r} for method {cls.word!r}; {takes}.{hint}")
         return cls(**options)
 
 

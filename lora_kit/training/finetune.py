@@ -192,6 +192,11 @@ def build_trainer(
     import torch
     from transformers import Trainer, TrainingArguments
 
+    for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+        if isinstance(value, bool) or not value >= least or not value > 0:
+            raise OptionError(
+                f"{name} must be above 0" + (f" and at least {least}" if least > 1 else "") + f", got {value!r}."
+            )
     task = record_of(model).task
     if task is None:
         raise OptionError(f"{type(model).__name__} is none of transformers' classes; train it in a loop of your own.")
