@@ -167,3 +167,34 @@ def test_reading_rows_passes_over_a_broken_line(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"key": 1}) + "\n" + '{"key": 2, "stat')
     assert matrix._read(file) == [{"key": 1}]
+
+
+def test_a_narrow_terminal_gets_fewer_whole_columns():
+    """Nothing is cut to dots: columns are left out, and that is said."""
+    import io
+
+    from rich.console import Console
+
+    version = {
+        "versions": {"torch": "2"},
+        "commit": "c",
+        "machine": {"device": "d", "threads": 1, "cores": 2, "python": "3"},
+    }
+    more = {
+        **version,
+        "model": "m",
+        "data": "d",
+        "train_rows_used": 1,
+        "test_rows_used": 1,
+        "epochs": 1,
+        "batch_size": 1,
+    }
+    more |= {"max_length": 1, "dtype": "bfloat16", "learning_rate": 0.1, "peak_of": "live tensors"}
+    rows = [row("full", "16bit", 0, 2.0, **more), row("lora", "4bit", 0, 2.2, **more)]
+    for width, missing in ((80, True), (200, False)):
+        out = io.StringIO()
+        report.terminal(rows, Console(file=out, width=width))
+        text = out.getvalue()
+        assert "…" not in text and "lora (r 16)" in text and "peak MB" in text
+        assert ("More columns are in report.md" in text) == missing
+        assert ("saved MB" in text) != missing

@@ -61,7 +61,7 @@ def notes(rows: list[Row]) -> list[str]:
     seeds = sorted({row["seed"] for row in done})
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
     device = one["machine"]
-    spread = "± is the standard deviation over the seeds" if len(seeds) > 1 else "one seed: differences may be chance"
+    spread = "± is the standard deviation over them" if len(seeds) > 1 else "differences of a few points may be chance"
     rates = {f"{row['method']} {row['learning_rate']:.2g}": None for row in done}
     lines = [
         f"Model {one['model']}, data {one['data']}: {one['train_rows_used']:,} rows to train on, "
@@ -100,19 +100,36 @@ def terminal(rows: list[Row], console: Any) -> None:
     from rich.table import Table
 
     headings, lines = columns(rows)
+    shown = _fitting(headings, lines, console.width)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
+    for i in shown:
+        table.add_column(headings[i], justify="left" if i < 2 else "right", no_wrap=True)
     for cells in lines:
-        table.add_row(*cells)
+        table.add_row(*[cells[i] for i in shown])
     console.print()
     if lines:
         console.print(table)
     for line in failures(rows):
         console.print(f"[red]did not finish:[/red] {line}", highlight=False)
     console.print()
+    if len(shown) < len(headings):
+        console.print("More columns are in report.md.", style="dim", highlight=False)
     for line in notes(rows):
         console.print(line, style="dim", highlight=False)
+
+
+def _fitting(headings: list[str], lines: list[list[str]], width: int) -> list[int]:
+    """Indices of the columns to show on a terminal of so many characters; report.md has them all."""
+    shown = list(range(len(headings)))
+    expendable = [
+        heading for heading in ("train s", "saved MB", "trained", "tokens/s", "step ms") if heading in headings
+    ]
+    widths = [
+        max(len(cell) for cell in (heading, *column)) + 2 for heading, *column in zip(headings, *lines, strict=True)
+    ]
+    while sum(widths[i] for i in shown) > width and expendable:
+        shown.remove(headings.index(expendable.pop(0)))
+    return shown
 
 
 def plot(rows: list[Row], file: Path) -> bool:
