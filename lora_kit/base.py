@@ -187,6 +187,7 @@ def _examine_path(
             skeleton = auto.from_config(config, **extra)
     except ValueError as error:
         raise OptionError(f"{path} cannot be built for task={task!r}: {str(error).splitlines()[0][:300]}") from None
+    quantization.mark(skeleton, getattr(config, "quantization_config", None))
     return Source(skeleton, task, path, config, dtype, device, model_kwargs)
 
 

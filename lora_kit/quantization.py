@@ -79,6 +79,17 @@ def of(model: Model) -> str | None:
     return str(getattr(method, "value", method)) if method is not None else None
 
 
+def mark(skeleton: Model, stored: Any) -> None:
+    """Note on a model without weights that its checkpoint is quantized, as its config's `quantization_config` says."""
+    if not stored:
+        return
+    facts = stored if isinstance(stored, dict) else stored.to_dict()
+    for flag in ("load_in_4bit", "load_in_8bit"):
+        if facts.get(flag):
+            setattr(skeleton, flag.replace("load_", "is_loaded_"), True)
+    skeleton.quantization_method = facts.get("quant_method", "quantized")
+
+
 def check(model: Model, config: "BitsAndBytesConfig | None") -> None:
     """Refuse to quantize what is quantized already."""
     now = of(model)

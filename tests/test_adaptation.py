@@ -408,6 +408,17 @@ def test_full_on_a_quantized_base(models):
     )
 
 
+def test_a_checkpoint_that_is_stored_quantized(models, tmp_path):
+    """What its config says is known before its weights are loaded; LoRA trains on it as it is."""
+    adapt(tiny.on_disk("llama", models), "lora", quantization="4bit").unload().save_pretrained(tmp_path / "stored")
+    path = str(tmp_path / "stored")
+    refused(UnsupportedError, "method 'full' on a 4bit base", model=path, method="full")
+    refused(UnsupportedError, "quantization='8bit' asked", "already quantized (4bit)", model=path, quantization="8bit")
+    model = adapt(path, "lora")
+    assert model.lora_kit_record.quantization == "4bit"
+    train(model, tiny.batch("llama"))
+
+
 def test_unknown_quantization_and_task(models):
     refused(OptionError, "unknown quantization '4-bit'", "'8bit', '4bit'", "Did you mean '4bit'?", quantization="4-bit")
     refused(OptionError, "quantization is a int", quantization=4)

@@ -1,6 +1,7 @@
 """Rows from every format, splits, token ids and labels; each refusal names what was found and what is wanted."""
 
 import csv
+import itertools
 import json
 
 import datasets
@@ -10,7 +11,7 @@ import torch
 
 from lora_kit.errors import DataError, OptionError
 from lora_kit.training import data
-from lora_kit.training.batching import Collator, padding_id
+from lora_kit.training.batching import Collator, LengthGroups, padding_id
 
 LABELLED = [{"text": f"w{i} w{i + 1}", "label": "good" if i % 2 else "bad"} for i in range(30)]
 
@@ -217,3 +218,25 @@ def test_padding_changes_no_loss():
 def test_labels_of_a_classifier():
     batch = Collator(0)([{"input_ids": [5], "labels": 2}, {"input_ids": [5, 6], "labels": 0}])
     assert batch["labels"].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 50, 403])
+def test_length_groups(count):
+    """Every row once an epoch, the longest first, little padding, and another order of batches each epoch."""
+    lengths = [3 + (i * 37) % 61 for i in range(count)]
+    groups = LengthGroups(lengths, batch_size=8, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        groups.set_epoch(epoch)
+        order = list(groups)
+        assert sorted(order) == list(range(count)) and len(groups) == count
+        orders.append(order)
+        batches = [order[i : i + 8] for i in range(0, count, 8)]
+        if count >= 8:
+            assert max(lengths[i] for i in batches[0]) == max(lengths)
+        padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+        assert count < 50 or sum(lengths) / padded > 0.85
+    assert orders[0] == orders[2] and (count < 50 or orders[0] != orders[1])
+    if count == 403:  # length does not run downhill
+        firsts = [lengths[batch[0]] for batch in batches[1:-1]]
+        assert sum(a > b for a, b in itertools.pairwise(firsts)) < 0.75 * len(firsts)

@@ -88,10 +88,8 @@ def compare(
     cells = _cells(methods, quantizations, seeds)
     # what rows and report say: they are made to be passed on, so no path of this machine is in them
     names = {"model": _name(model, demo.MODEL_NAME), "data": _name(data, demo.DATA_NAME), "test_data": _name(test_data)}
-    if model is None:
-        model = demo.model_path()
     settings: dict[str, Any] = {
-        "model": _absolute(model),
+        "model": demo.model_path() if model is None else _absolute(str(model)),
         "data": _absolute(str(data)) if data is not None else str(demo.DATA),
         "test_data": None if test_data is None else _absolute(str(test_data)),
         "train_rows": train_rows,
@@ -107,13 +105,14 @@ def compare(
     folder = Path(output)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     origin = {
-        "data_sha256": [_fingerprint(settings[key]) for key in ("data", "test_data")],
+        "data_sha256": [_fingerprint(settings["data"]), _fingerprint(settings["test_data"])],
         "commit": commit(),
         "versions": manifest.versions(),
     }
     specs = [settings | cell for cell in cells]
     # rows of other code, data or versions stay in the file, but are not part of this comparison
-    keys = [_key(spec, origin) for spec in specs]
+    model_identity = settings["model"] if model is not None else demo.MODEL_NAME
+    keys = [_key(spec, origin, model_identity) for spec in specs]
     file = folder / "rows.jsonl"
     done = {row["key"]: row for row in _read(file) if row["key"] in keys and row["status"] == "ok"}
     with _progress(len(specs)) as advance:
@@ -235,9 +234,10 @@ def commit() -> str:
         return f"lora_kit {manifest.versions()['lora_kit']}"
 
 
-def _key(spec: dict[str, Any], origin: dict[str, Any]) -> str:
+def _key(spec: dict[str, Any], origin: dict[str, Any], model: str) -> str:
     """Identity of a run: what it is told, on which data, with which versions (the commit is recorded, not compared)."""
-    identity = {**spec, "data_sha256": origin["data_sha256"], "versions": origin["versions"]}
+    data = {"data": None, "test_data": None, "data_sha256": origin["data_sha256"]}  # what it holds, not where it lies
+    identity = {**spec, **data, "model": model, "versions": origin["versions"]}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

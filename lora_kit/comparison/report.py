@@ -150,19 +150,19 @@ def plot(rows: list[Row], file: Path) -> bool:
             one.peak_bytes / 1e6,
             one.after,
             yerr=one.spread,
+            label=f"{one.method} {one.quantization.replace('bit', ' bit')}",
             color=COLORS.get(one.method, "#009e73"),
             marker=MARKERS.get(one.quantization, "D"),
             markersize=9,
             capsize=3,
             linestyle="none",
         )
-        label = f"{one.method} {one.quantization.replace('bit', ' bit')}"
-        axes.annotate(label, (one.peak_bytes / 1e6, one.after), xytext=(8, 5), textcoords="offset points", fontsize=9)
     metric = summaries[0].metric
     axes.set_xlabel("peak memory of a training step, MB")
     axes.set_ylabel(f"held-out {metric}" + (" (lower is better)" if metric == "loss" else ""))
     axes.set_title("Memory and quality of fine-tuning methods")
     axes.margins(x=0.15, y=0.12)
     axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(file, dpi=150)
     return True

@@ -1,5 +1,7 @@
 """Batches: rows of like length together, padding that no loss and no attention sees."""
 
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,3 +53,58 @@ def padding_id(tokenizer: Any) -> int:
 def sort_for_measuring(rows: list[Row]) -> list[Row]:
     """Longest first: the least padding, and a batch that does not fit fails at once."""
     return sorted(rows, key=lambda row: -row["length"])
+
+
+class LengthGroups:
+    """A sampler that puts rows of like length into the same batch, and the batches in random order.
+
+    Sorting within large groups alone, as transformers' own sampler does, also sorts time: training sees long rows, then
+    ever shorter ones. Here the order of batches is drawn anew, with one exception: the batch with the longest row comes
+    first, so that a step which does not fit in memory fails at once.
+    """
+
+    GROUP = 50
+    """Batches that are sorted together: enough for little padding, few enough to keep rows mixed."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each pass over the rows."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        shuffle = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        shuffle.shuffle(order)
+        size = self.batch_size * self.GROUP
+        batches = []
+        for start in range(0, len(order), size):
+            group = sorted(order[start : start + size], key=lambda i: -self.lengths[i])
+            batches += [group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)]
+        # a batch that is not full must stay last: the loader cuts the sequence every batch_size rows
+        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        shuffle.shuffle(whole)
+        whole.sort(key=lambda batch: max(self.lengths[i] for i in batch) != max(self.lengths))
+        return (i for batch in whole + rest for i in batch)
+
+
+def trainer_class() -> Any:
+    """transformers' `Trainer` with `LengthGroups` as its sampler."""
+    from transformers import Trainer
+
+    class GroupedTrainer(Trainer):
+        """`Trainer`; only the order of rows is ours."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
+            rows = self.train_dataset if train_dataset is None else train_dataset
+            return LengthGroups([row["length"] for row in rows], self.args.train_batch_size, self.args.seed)
+
+    return GroupedTrainer

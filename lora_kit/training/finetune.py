@@ -19,7 +19,7 @@ from lora_kit.methods import resolve
 from lora_kit.storage.save import save
 from lora_kit.training import data as rows_from
 from lora_kit.training import metrics
-from lora_kit.training.batching import Collator, padding_id, sort_for_measuring
+from lora_kit.training.batching import Collator, padding_id, sort_for_measuring, trainer_class
 from lora_kit.training.defaults import param_groups, training_defaults
 from lora_kit.types import Model
 
@@ -190,7 +190,7 @@ def build_trainer(
 ) -> "Trainer":
     """A `Trainer` over these rows, ready to train and to measure; `folder` takes what Trainer writes."""
     import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
     for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("max_length", max_length, 2)):
         if isinstance(value, bool) or not value >= least or not value > 0:
@@ -214,11 +214,7 @@ def build_trainer(
     if task == "classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = padding
     device = next(model.parameters()).device
-    # before transformers 5.2 the switch had another name
     known = TrainingArguments.__dataclass_fields__
-    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
-    if "train_sampling_strategy" not in known:
-        grouped = {"group_by_length": True}
     fields: dict[str, Any] = {
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
@@ -232,7 +228,6 @@ def build_trainer(
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": "none",
-        **grouped,
         **training_defaults(model),
     }
     for key in training_arguments or {}:
@@ -242,7 +237,7 @@ def build_trainer(
     groups = param_groups(model, learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     reduce, compute = metrics.for_task(task)
-    return Trainer(
+    return trainer_class()(
         model=model,
         args=TrainingArguments(output_dir=str(folder), **fields),
         data_collator=Collator(padding),
