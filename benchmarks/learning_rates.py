@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--parameters", type=int, default=22_714_371, help="of the model, for the default rate")
+    parser.add_argument("--task", default="classification", help="of the data, for the default rate")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--factors", nargs="+", type=float, default=list(FACTORS))
     parser.add_argument("--output", default="runs/learning-rates")
@@ -31,7 +32,7 @@ def main() -> None:
 
     print(f"{'method':8} {'rate':>9} {'factor':>7} {'mean':>7}  seeds")
     for word in arguments.methods:
-        default = METHODS[word].learning_rate(arguments.parameters)
+        default = METHODS[word].learning_rate(arguments.parameters, arguments.task)
         means = {}
         for factor in arguments.factors:
             found = compare(

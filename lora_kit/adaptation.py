@@ -156,10 +156,15 @@ def report(model: Model, method: Method, coverage: str, record: Record) -> str:
     return "; ".join(parts)
 
 
-def count_parameters(model: Model) -> int:
-    """Number of parameters, counting each 4-bit weight as one although two share a byte."""
+def count_parameters(model: Model, *, without: str | None = None) -> int:
+    """Number of parameters, counting each 4-bit weight as one although two share a byte.
+
+    `without` names an adapter inside the model that is left out of the count.
+    """
     total = 0
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if without is not None and f".{without}." in name:
+            continue
         state = getattr(parameter, "quant_state", None)
         total += state.shape.numel() if state is not None else parameter.numel()
     return total
@@ -184,7 +189,7 @@ def record_of(model: Model) -> Record:
         base=getattr(getattr(inner, "config", None), "_name_or_path", "") or None,
         base_dtype=_dtype(inner),
         quantization=bits.of(inner) or "16bit",
-        parameters=count_parameters(inner),
+        parameters=count_parameters(inner, without=adapter if config else None),
         name=adapter,
         heads=tuple(base.heads_of(inner)),
     )

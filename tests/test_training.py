@@ -50,12 +50,13 @@ def test_classification_metrics_by_hand():
 
 def test_rates_fall_with_size():
     for kind in METHODS.values():
-        rates = [kind.learning_rate(n) for n in (1e6, 22.7e6, 1e8, 8e9)]
-        assert rates == sorted(rates, reverse=True) and rates[1] == kind.rate
+        for task, declared in (("classification", kind.rate), ("causal-lm", kind.language_rate)):
+            rates = [kind.learning_rate(n, task) for n in (1e6, 22.7e6, 1e8, 8e9)]
+            assert rates == sorted(rates, reverse=True) and rates[1] == declared.at_reference
     # the published values that the exponent joins, for models of billions of parameters
-    assert 1e-5 <= METHODS["full"].learning_rate(8_000_000_000) <= 2e-5
-    assert 1e-4 <= METHODS["lora"].learning_rate(8_000_000_000) <= 2e-4
-    assert 4e-3 <= METHODS["prefix"].learning_rate(3_000_000_000) <= 8e-3
+    assert 1e-5 <= METHODS["full"].learning_rate(8_000_000_000, "causal-lm") <= 2e-5
+    assert 1e-4 <= METHODS["lora"].learning_rate(8_000_000_000, "causal-lm") <= 2e-4
+    assert 4e-3 <= METHODS["prefix"].learning_rate(3_000_000_000, "causal-lm") <= 8e-3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,7 +68,9 @@ def test_groups_hold_every_trainable_parameter_once(method):
     assert set(held) == {id(p) for p in model.parameters() if p.requires_grad}
     by_name = {group["name"]: group for group in groups}
     kind = METHODS[method]
-    assert by_name["head"]["lr"] == pytest.approx(kind.learning_rate(model.lora_kit_record.parameters, head=True))
+    assert by_name["head"]["lr"] == pytest.approx(
+        kind.learning_rate(model.lora_kit_record.parameters, "classification", head=True)
+    )
     assert by_name["head"]["weight_decay"] == 0
     if method == "full":
         assert by_name["weights"]["weight_decay"] == kind.weight_decay
@@ -81,7 +84,7 @@ def test_defaults_are_training_arguments(tmp_path):
     for method in METHODS:
         fields = training_defaults(adapt(tiny.build("llama"), method))
         arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields)
-        assert arguments.learning_rate == METHODS[method].learning_rate(94_528)
+        assert arguments.learning_rate == METHODS[method].learning_rate(94_528, "causal-lm")
         assert arguments.get_warmup_steps(100) == 10
     assert training_defaults(adapt(tiny.build("llama", dtype=torch.bfloat16), "full"))["bf16"] is True
 
@@ -92,9 +95,8 @@ def test_groups_of_a_plain_peft_model():
 
     plain = peft.get_peft_model(tiny.build("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     (group,) = param_groups(plain)
-    assert group["lr"] == METHODS["lora"].learning_rate(
-        94_528 + 2 * 2 * 8 * 64 * 0 + sum(p.numel() for p in group["params"])
-    )
+    assert group["lr"] == METHODS["lora"].learning_rate(94_528, "causal-lm")
+    assert group["params"] == [p for p in plain.parameters() if p.requires_grad]
 
 
 def test_groups_refusals(models):

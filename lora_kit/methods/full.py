@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_kit.errors import OptionError, UnsupportedError
-from lora_kit.methods.method import Attached, Method
+from lora_kit.methods.method import Attached, Method, Rate
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ class Full(Method):
     summary: ClassVar[str] = "every weight"
     mergeable: ClassVar[bool] = True
     quantizable: ClassVar[bool] = False
-    rate: ClassVar[float] = 1e-4
-    head_rate: ClassVar[float] = 1e-3
+    rate: ClassVar[Rate] = Rate(1e-4, 0.3)
+    language_rate: ClassVar[Rate] = Rate(2.6e-4, 0.46)
+    head_factor: ClassVar[float] = 10.0
     weight_decay: ClassVar[float] = 0.01
     warmup: ClassVar[float] = 0.1
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_kit.errors import OptionError
-from lora_kit.methods.method import Attached, Method, positive_integer
+from lora_kit.methods.method import Attached, Method, Rate, positive_integer
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ class LoRA(Method):
     summary: ClassVar[str] = "a low-rank update of every linear layer"
     mergeable: ClassVar[bool] = True
     quantizable: ClassVar[bool] = True
-    rate: ClassVar[float] = 1e-3
-    head_rate: ClassVar[float] = 5e-3
+    rate: ClassVar[Rate] = Rate(1e-3, 0.3)
+    language_rate: ClassVar[Rate] = Rate(1e-3, 0.3)
+    head_factor: ClassVar[float] = 5.0
     weight_decay: ClassVar[float] = 0.0
     warmup: ClassVar[float] = 0.1
     also_called: ClassVar[dict[str, str]] = {

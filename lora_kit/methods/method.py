@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lora_kit.errors import OptionError, listing, nearest
 from lora_kit.types import Model
@@ -11,9 +11,14 @@ from lora_kit.types import Model
 if TYPE_CHECKING:
     pass
 
-# Learning rates are declared for a model of this many parameters and scaled to the size at hand (`learning_rate`).
 REFERENCE_PARAMETERS = 22.7e6
-SIZE_EXPONENT = 0.3
+
+
+class Rate(NamedTuple):
+    """A learning rate as a function of size: `at_reference × (22.7e6 / parameters) ** exponent`."""
+
+    at_reference: float
+    exponent: float
 
 
 # the same for every method: what people type who come from other libraries
@@ -54,10 +59,12 @@ class Method(ABC):
     """Whether the result can be written as a plain model."""
     quantizable: ClassVar[bool]
     """Whether it trains on an 8- or 4-bit base."""
-    rate: ClassVar[float]
-    """AdamW learning rate for a model of `REFERENCE_PARAMETERS` parameters."""
-    head_rate: ClassVar[float]
-    """The same for a newly initialised head."""
+    rate: ClassVar[Rate]
+    """AdamW learning rate for classification and other tasks with a head of their own."""
+    language_rate: ClassVar[Rate]
+    """The same for language modelling."""
+    head_factor: ClassVar[float]
+    """How much faster a newly initialised head learns."""
     weight_decay: ClassVar[float]
     warmup: ClassVar[float]
     """Share of all steps over which the learning rate rises from zero."""
@@ -83,17 +90,16 @@ class Method(ABC):
         return self
 
     @classmethod
-    def learning_rate(cls, parameters: int, *, head: bool = False) -> float:
-        """AdamW learning rate for a model of so many parameters.
+    def learning_rate(cls, parameters: int, task: str | None = None, *, head: bool = False) -> float:
+        """AdamW learning rate for a model of so many parameters and a task: larger models want smaller steps.
 
-        `rate × (22.7e6 / parameters) ** 0.3`: larger models want smaller steps. The exponent joins the rates that
-        `benchmarks/learning_rates.py` finds best on a 22.7 M encoder with those that hold for models of billions
-        of parameters: full 1e-4 → 1.7e-5 at 8 B, LoRA 1e-3 → 1.7e-4 (ten times full's, as in "LoRA Without Regret",
-        Schulman 2025), prefix 3e-2 → 7e-3 at 3 B (5e-3 is the best row of PEFT's own comparison).
+        The rates and exponents join what `benchmarks/learning_rates.py` finds on a 22.7 M encoder and a 0.26 M decoder
+        with what holds for models of billions of parameters: full 1.7e-5 and LoRA 1.7e-4 at 8 B (ten times full's, as
+        in "LoRA Without Regret", Schulman 2025), prefix 7e-3 at 3 B (5e-3 is the best row of PEFT's own comparison).
         """
-        rate = cls.head_rate if head else cls.rate
-        scaled = rate * (REFERENCE_PARAMETERS / max(parameters, 1)) ** SIZE_EXPONENT
-        return float(f"{scaled:.2g}")
+        rate = cls.language_rate if task in ("causal-lm", "seq2seq-lm") else cls.rate
+        scaled = rate.at_reference * (REFERENCE_PARAMETERS / max(parameters, 1)) ** rate.exponent
+        return float(f"{scaled * (cls.head_factor if head else 1):.2g}")
 
     def options(self) -> dict[str, Any]:
         """The option fields and their values."""

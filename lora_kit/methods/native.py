@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_kit.errors import OptionError, TargetError, UnsupportedError
-from lora_kit.methods.method import Attached, Method
+from lora_kit.methods.method import Attached, Method, Rate
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ class Native(Method):
     summary: ClassVar[str] = "what the PEFT config says"
     mergeable: ClassVar[bool] = True
     quantizable: ClassVar[bool] = True
-    rate: ClassVar[float] = 1e-3
-    head_rate: ClassVar[float] = 5e-3
+    rate: ClassVar[Rate] = Rate(1e-3, 0.3)
+    language_rate: ClassVar[Rate] = Rate(1e-3, 0.3)
+    head_factor: ClassVar[float] = 5.0
     weight_decay: ClassVar[float] = 0.0
     warmup: ClassVar[float] = 0.1
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_kit.errors import OptionError, UnsupportedError
 from lora_kit.messages import quiet, say
-from lora_kit.methods.method import Attached, Method, positive_integer
+from lora_kit.methods.method import Attached, Method, Rate, positive_integer
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ class Prefix(Method):
     summary: ClassVar[str] = "keys and values in front of every layer's own"
     mergeable: ClassVar[bool] = False
     quantizable: ClassVar[bool] = True
-    rate: ClassVar[float] = 3e-2
-    head_rate: ClassVar[float] = 3e-2
+    rate: ClassVar[Rate] = Rate(3e-2, 0.3)
+    language_rate: ClassVar[Rate] = Rate(3e-2, 0.3)
+    head_factor: ClassVar[float] = 1.0
     weight_decay: ClassVar[float] = 0.0
     warmup: ClassVar[float] = 0.1
 

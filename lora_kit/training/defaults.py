@@ -19,9 +19,9 @@ def _rates(model: Model, lr: float | None) -> tuple[float, float]:
     """(learning rate, learning rate of heads); a rate given by the caller keeps the method's ratio between them."""
     if lr is not None and not lr > 0:
         raise OptionError(f"lr must be above 0, got {lr!r}.")
-    method, parameters = _method_of(model), record_of(model).parameters
-    rate = method.learning_rate(parameters)
-    head = method.learning_rate(parameters, head=True)
+    method, record = _method_of(model), record_of(model)
+    rate = method.learning_rate(record.parameters, record.task)
+    head = method.learning_rate(record.parameters, record.task, head=True)
     return (rate, head) if lr is None else (lr, lr * head / rate)
 
 
