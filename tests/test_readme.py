@@ -1,13 +1,16 @@
 """The README holds: its first lines run, its tables are the registry's and the results', its commands are CI's."""
 
+import json
 import re
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 
 import lora_kit
 from lora_kit import METHODS
+from lora_kit.comparison import report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,8 +47,19 @@ def test_tables_are_the_results():
     """A figure in the README stands in the committed report, line for line."""
     tables = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- /table -->", README, re.S)
     assert len(tables) == 3
-    for report, table in tables:
-        assert table.strip() and table.strip() in (ROOT / report).read_text(), report
+    for source, table in tables:
+        assert table.strip() and table.strip() in (ROOT / source).read_text(), source
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "benchmarks" / "results").glob("*/rows.jsonl")), ids=lambda f: f.parent.name
+)
+def test_reports_are_made_from_their_rows(folder):
+    """No figure was written by hand, every run finished, and no path of a machine is in the rows."""
+    rows = [json.loads(line) for line in folder.read_text().splitlines()]
+    assert all(row["status"] == "ok" and row["commit"] and row["versions"] and row["machine"] for row in rows)
+    assert (folder.parent / "report.md").read_text() == report.markdown(rows, "memory_and_quality.png")
+    assert not any(str(row[key]).startswith("/") for row in rows for key in ("model", "data", "test_data"))
 
 
 def test_the_commands_are_ci():

@@ -64,7 +64,8 @@ class LengthGroups:
     """
 
     GROUP = 50
-    """Batches that are sorted together: enough for little padding, few enough to keep rows mixed."""
+    """Batches that are sorted together, at most: enough for little padding, few enough to keep rows mixed. A small
+    set is cut into four groups at least, or the same rows would meet in the same batches at every pass."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
         self.lengths = lengths
@@ -83,7 +84,7 @@ class LengthGroups:
         shuffle = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.lengths)))
         shuffle.shuffle(order)
-        size = self.batch_size * self.GROUP
+        size = self.batch_size * max(1, min(self.GROUP, len(order) // (4 * self.batch_size)))
         batches = []
         for start in range(0, len(order), size):
             group = sorted(order[start : start + size], key=lambda i: -self.lengths[i])
