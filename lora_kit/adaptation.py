@@ -11,7 +11,7 @@ from lora_kit import base
 from lora_kit import quantization as bits
 from lora_kit.errors import UnsupportedError, listing
 from lora_kit.messages import say
-from lora_kit.methods import Method, resolve
+from lora_kit.methods import Method, resolve, word_of
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def adapt(
         quantized = bits.for_loading(quantized, source.skeleton, heads)
     loaded, missing = base.load(source, quantized)
     heads = base.heads_of(loaded, missing)
-    base_dtype = _dtype(loaded)
+    base_dtype = main_dtype(loaded)
     if source.path is None and quantized is not None:
         bits.quantize_(loaded, quantized, heads)
     bits.settle(loaded)
@@ -181,13 +181,13 @@ def record_of(model: Model) -> Record:
     adapter = "default"
     if config:
         adapter = model.active_adapter
-        word = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config[adapter].peft_type.value, "peft")
+        word = word_of(config[adapter])
     return Record(
         method=word,
         options={},
         task=base.task_of(inner),
         base=getattr(getattr(inner, "config", None), "_name_or_path", "") or None,
-        base_dtype=_dtype(inner),
+        base_dtype=main_dtype(inner),
         quantization=bits.of(inner) or "16bit",
         parameters=count_parameters(inner, without=adapter if config else None),
         name=adapter,
@@ -195,7 +195,7 @@ def record_of(model: Model) -> Record:
     )
 
 
-def _dtype(model: Model) -> str:
+def main_dtype(model: Model) -> str:
     """The dtype that most of the floating-point weights have."""
     sizes: dict[str, int] = {}
     for parameter in model.parameters():

@@ -123,7 +123,7 @@ def choose(model: Model, heads: list[str]) -> dict[str, Model]:
     chosen = {}
     for path, module in model.named_modules():
         plain = type(module) in (nn.Linear, Conv1D)
-        if not plain or module is output or targets._within(path, heads) or set(path.split(".")) & set(kept):
+        if not plain or module is output or targets.within(path, heads) or set(path.split(".")) & set(kept):
             continue
         chosen[path] = module
     if not chosen:

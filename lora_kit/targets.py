@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 # PEFT's names for the tasks of `base.TASKS`
-_PEFT_TASKS = {
+PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq-lm": "SEQ_2_SEQ_LM",
     "classification": "SEQ_CLS",
@@ -51,7 +51,7 @@ def peft_task(model: Model) -> str | None:
     """PEFT's task type for this model, or None for a model of unknown task."""
     from lora_kit import base
 
-    return _PEFT_TASKS.get(base.task_of(model) or "")
+    return PEFT_TASKS.get(base.task_of(model) or "")
 
 
 def linear_layers(model: Model) -> dict[str, Model]:
@@ -76,7 +76,7 @@ def output_embeddings(model: Model) -> Model:
     return getter() if getter is not None else None
 
 
-def _within(path: str, roots: Iterable[str]) -> bool:
+def within(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
@@ -121,7 +121,7 @@ def choose(model: Model, wanted: tuple[str, ...] | str | None, heads: list[str],
     """
     layers = linear_layers(model)
     output = output_embeddings(model)
-    layers = {p: m for p, m in layers.items() if m is not output and not _within(p, heads)}
+    layers = {p: m for p, m in layers.items() if m is not output and not within(p, heads)}
     sizes = {p: shape(m)[0] * shape(m)[1] for p, m in layers.items()}
     if wanted not in (None, "all-linear"):
         chosen = match(model, wanted)

@@ -11,7 +11,7 @@ from lora_kit.methods.prefix import Prefix
 
 METHODS: dict[str, type[Method]] = {"full": Full, "lora": LoRA, "prefix": Prefix}
 
-__all__ = ["METHODS", "Attached", "Full", "LoRA", "Method", "Native", "Prefix", "resolve"]
+__all__ = ["METHODS", "Attached", "Full", "LoRA", "Method", "Native", "Prefix", "resolve", "word_of"]
 
 
 def resolve(method: Any, options: dict[str, Any]) -> Method:
@@ -36,3 +36,8 @@ def resolve(method: Any, options: dict[str, Any]) -> Method:
             "put them inside the object, or name the method by its word."
         )
     return chosen
+
+
+def word_of(config: Any) -> str:
+    """The word of the method that a PEFT config belongs to; `"peft"` for those without an option class here."""
+    return {"LORA": LoRA.word, "PREFIX_TUNING": Prefix.word}.get(config.peft_type.value, Native.word)

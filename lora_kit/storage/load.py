@@ -5,24 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit import base as base_models
 from lora_kit import quantization as bits
-from lora_kit.adaptation import Record, count_parameters
+from lora_kit.adaptation import Record, count_parameters, main_dtype
 from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, listing
-from lora_kit.methods import METHODS
+from lora_kit.methods import METHODS, word_of
 from lora_kit.methods.native import wrap
 from lora_kit.storage import manifest
+from lora_kit.targets import PEFT_TASKS
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-_TASKS = {
-    "CAUSAL_LM": "causal-lm",
-    "SEQ_2_SEQ_LM": "seq2seq-lm",
-    "SEQ_CLS": "classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-}
 
 
 def load(
@@ -131,9 +124,10 @@ def _load_adapter(
     if not train:
         adapted.requires_grad_(False)
     adapted.train(train)
-    word = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config.peft_type.value, "peft")
     name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
-    adapted.lora_kit_record = _record(facts, adapted, word, str(name) if name else None, "default", parameters)
+    adapted.lora_kit_record = _record(
+        facts, adapted, word_of(config), str(name) if name else None, "default", parameters
+    )
     return adapted
 
 
@@ -149,7 +143,8 @@ def _base_for(
     task = None
     kwargs = None
     if not isinstance(base, nn.Module):
-        task = facts.get("task") or _TASKS.get(getattr(config.task_type, "value", config.task_type))
+        peft_task = getattr(config.task_type, "value", config.task_type)
+        task = facts.get("task") or {theirs: ours for ours, theirs in PEFT_TASKS.items()}.get(peft_task)
         labels = facts.get("labels")
         if labels:
             kwargs = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -195,15 +190,13 @@ def _compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: Model) -> 
 def _record(
     facts: dict[str, Any], model: Model, word: str, base: str | None, name: str, parameters: int | None = None
 ) -> Record:
-    from lora_kit.adaptation import _dtype
-
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     return Record(
         method=str(facts.get("method", word)),
         options=dict(facts.get("options") or {}),
         task=base_models.task_of(inner),
         base=base,
-        base_dtype=str(facts.get("base_dtype") or _dtype(inner)) if word == "full" else _dtype(inner),
+        base_dtype=str(facts.get("base_dtype") or main_dtype(inner)) if word == "full" else main_dtype(inner),
         quantization=bits.of(inner) or "16bit",
         parameters=parameters or count_parameters(model),
         name=name,
