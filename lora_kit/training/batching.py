@@ -84,6 +84,11 @@ class LengthGroups:
         shuffle = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.lengths)))
         shuffle.shuffle(order)
+        if len(order) % self.batch_size:
+            # one batch will not be full, and it stays last: keep the longest row out of it
+            longest = max(order, key=lambda i: self.lengths[i])
+            order.remove(longest)
+            order.insert(0, longest)
         size = self.batch_size * max(1, min(self.GROUP, len(order) // (4 * self.batch_size)))
         batches = []
         for start in range(0, len(order), size):
