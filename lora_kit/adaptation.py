@@ -100,14 +100,10 @@ def adapt(
     bits.refuse_quantized_heads(source.skeleton, heads)
     chosen.check(source.skeleton, heads)
 
-    if source.path is not None and quantized is not None:
-        quantized = bits.for_loading(quantized, source.skeleton, heads)
-    loaded, missing = base.load(source, quantized)
+    given_dtype = main_dtype(source.skeleton)
+    loaded, missing = base.load(source, quantized, heads)
     heads = base.heads_of(loaded, missing)
-    base_dtype = main_dtype(loaded)
-    if source.path is None and quantized is not None:
-        bits.quantize_(loaded, quantized, heads)
-    bits.settle(loaded)
+    base_dtype = given_dtype if source.path is None else main_dtype(loaded)
 
     parameters = count_parameters(loaded)
     attached = chosen.attach(loaded, heads, name)

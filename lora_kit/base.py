@@ -191,18 +191,21 @@ def _examine_path(
     return Source(skeleton, task, path, config, dtype, device, model_kwargs)
 
 
-def load(source: Source, quantized: "BitsAndBytesConfig | None") -> tuple[Model, list[str]]:
-    """The model, and the paths of modules that the checkpoint had no weights for."""
+def load(source: Source, config: "BitsAndBytesConfig | None", heads: list[str]) -> "tuple[Model, list[str]]":
+    """The model, quantized if asked (all but `heads`), and the paths of modules without weights in the checkpoint."""
     import torch
     import transformers
 
     if source.path is None:
         model = source.skeleton if source.device is None else source.skeleton.to(source.device)
+        if config is not None:
+            quantization.quantize_(model, config, heads)
+        quantization.settle(model)
         return model, []
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kwargs: dict[str, Any] = dict(source.model_kwargs)
-    if quantized is not None:
-        kwargs["quantization_config"] = quantized
+    if config is not None:
+        kwargs["quantization_config"] = quantization.for_loading(config, source.skeleton, heads)
         kwargs["device_map"] = {"": device}
     auto = getattr(transformers, TASKS[source.task or ""][0])
     model, info = auto.from_pretrained(
@@ -213,10 +216,9 @@ def load(source: Source, quantized: "BitsAndBytesConfig | None") -> tuple[Model,
         ignore_mismatched_sizes=True,
         **kwargs,
     )
-    if quantized is None:
+    if config is None:
         model.to(device)
-    else:
-        quantization.settle(model)
+    quantization.settle(model)
     resized = {name: (found, wanted) for name, found, wanted in info["mismatched_keys"]}
     _refuse_resized_backbone(resized, heads_of(model), source.path)
     missing = sorted({name.rpartition(".")[0] for name in {*info["missing_keys"], *resized}})
@@ -240,15 +242,17 @@ def heads_of(model: Model, missing: list[str] | None = None) -> list[str]:
 
     A head is known by its place: in a model for a task other than language modelling, everything beside the backbone.
     """
+    from lora_kit.targets import within
+
     backbone = getattr(model, "base_model_prefix", "")
-    heads = []
+    heads: list[str] = []
     task = task_of(model)
     if task not in (None, "causal-lm", "seq2seq-lm") and hasattr(model, backbone):
         for name, child in model.named_children():
             if name != backbone and any(True for _ in child.parameters()):
                 heads.append(name)
     for path in missing or []:
-        if path and not any(path == head or path.startswith(f"{head}.") for head in heads):
+        if path and not within(path, heads):
             heads.append(path)
     return heads
 

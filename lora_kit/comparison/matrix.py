@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -175,7 +176,7 @@ def _check(settings: dict[str, Any]) -> None:
     if not settings["epochs"] > 0:
         raise OptionError(f"epochs must be above 0, got {settings['epochs']!r}.")
     for package in ("datasets", "sklearn"):
-        if importlib_find(package) is None:
+        if importlib.util.find_spec(package) is None:
             raise MissingPackageError(f"compare needs {package}: pip install 'lora_kit[report]'")
     rows_from.read(
         settings["data"],
@@ -183,13 +184,6 @@ def _check(settings: dict[str, Any]) -> None:
         train_rows=settings["train_rows"],
         test_rows=settings["test_rows"],
     )
-
-
-def importlib_find(package: str) -> object:
-    """The package's import spec, or None; it is not imported."""
-    import importlib.util
-
-    return importlib.util.find_spec(package)
 
 
 def _absolute(path: str) -> str:

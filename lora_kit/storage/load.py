@@ -67,14 +67,12 @@ def _load_whole(
         METHODS["full"]().check(source.skeleton, [])
         if config is not None:
             raise OptionError("train=True with quantization on a whole model: quantized weights cannot be trained.")
-    if config is not None:
-        config = bits.for_loading(config, source.skeleton, base_models.heads_of(source.skeleton))
-    model, missing = base_models.load(source, config)
+    model, missing = base_models.load(source, config, base_models.heads_of(source.skeleton))
     if missing:
         raise AdapterMismatchError(f"{folder} has no weights for {listing(missing)}; the model is not complete.")
     model.requires_grad_(train)
     model.train(train)
-    model.lora_kit_record = _record(facts, model, "full", facts.get("base"), "default")
+    model.lora_kit_record = _record(facts, model, "full", facts.get("base"))
     return model
 
 
@@ -125,9 +123,7 @@ def _load_adapter(
         adapted.requires_grad_(False)
     adapted.train(train)
     name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
-    adapted.lora_kit_record = _record(
-        facts, adapted, word_of(config), str(name) if name else None, "default", parameters
-    )
+    adapted.lora_kit_record = _record(facts, adapted, word_of(config), str(name) if name else None, parameters)
     return adapted
 
 
@@ -150,13 +146,7 @@ def _base_for(
             kwargs = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     source = base_models.examine(base, task=task, dtype=dtype, device=device, model_kwargs=kwargs)
     bits.check(source.skeleton, quantized)
-    heads = base_models.heads_of(source.skeleton)
-    if source.path is not None and quantized is not None:
-        quantized = bits.for_loading(quantized, source.skeleton, heads)
-    model, _ = base_models.load(source, quantized)
-    if source.path is None and quantized is not None:
-        bits.quantize_(model, quantized, heads)
-    bits.settle(model)
+    model, _ = base_models.load(source, quantized, base_models.heads_of(source.skeleton))
     return model
 
 
@@ -187,9 +177,7 @@ def _compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: Model) -> 
     raise AdapterMismatchError("; ".join(parts) + ". Load it on the base it was trained on. Nothing was loaded.")
 
 
-def _record(
-    facts: dict[str, Any], model: Model, word: str, base: str | None, name: str, parameters: int | None = None
-) -> Record:
+def _record(facts: dict[str, Any], model: Model, word: str, base: str | None, parameters: int | None = None) -> Record:
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     return Record(
         method=str(facts.get("method", word)),
@@ -199,6 +187,5 @@ def _record(
         base_dtype=str(facts.get("base_dtype") or main_dtype(inner)) if word == "full" else main_dtype(inner),
         quantization=bits.of(inner) or "16bit",
         parameters=parameters or count_parameters(model),
-        name=name,
         heads=tuple(facts.get("heads") or base_models.heads_of(inner)),
     )
