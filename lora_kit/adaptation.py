@@ -40,6 +40,10 @@ class Record:
     name: str = "default"
     heads: tuple[str, ...] = field(default_factory=tuple)
     """Paths, in the base, of modules that are trained whole."""
+    coverage: float | None = None
+    """Share of the base's matmul weights that carries an adapter, 0 to 1; None where that was not counted."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Matmul weight of the base → why it carries no adapter."""
 
 
 def adapt(
@@ -65,8 +69,8 @@ def adapt(
         quantization: None, `"8bit"`, `"4bit"` (NF4, double quantization, bfloat16 compute) or a `BitsAndBytesConfig`.
             Works while loading and, layer by layer, on a model in memory, with the same quantized weights. Embeddings,
             output head and task heads stay as they are.
-        task: what the model is for: `"causal-lm"`, `"seq2seq-lm"`, `"classification"`, `"token-classification"` or
-            `"question-answering"`. None: what the checkpoint says. Only for an id or a path.
+        task: what the model is for: `"causal-lm"`, `"seq2seq-lm"`, `"classification"`, `"token-classification"`,
+            `"question-answering"`, `"image-text"` or `"speech"`. None: what the checkpoint says. Only for an id or a path.
         dtype: dtype to load the weights in; `"auto"` is the checkpoint's own. Only for an id or a path.
         device: where to put the model. None: a model to be loaded goes to the GPU if there is one.
         name: name of the adapter.
@@ -106,6 +110,7 @@ def adapt(
     base_dtype = given_dtype if source.path is None else main_dtype(loaded)
 
     parameters = count_parameters(loaded)
+    staying = bits.left_out(loaded, heads) if quantized is not None else ""
     attached = chosen.attach(loaded, heads, name)
     record = Record(
         method=chosen.word,
@@ -117,10 +122,12 @@ def adapt(
         parameters=parameters,
         name=name,
         heads=tuple(heads),
+        coverage=attached.share if chosen.word == "lora" else None,
+        left_out=attached.left_out,
     )
     attached.model.lora_kit_record = record
     attached.model.train()
-    say(report(attached.model, chosen, attached.coverage, record))
+    say(report(attached.model, chosen, attached.coverage, record, staying))
     return attached.model
 
 
@@ -135,8 +142,8 @@ def resolve_quantization(word: Any, method: Method) -> Any:
     return config
 
 
-def report(model: Model, method: Method, coverage: str, record: Record) -> str:
-    """The one line: what is trained, how much of it, on what."""
+def report(model: Model, method: Method, coverage: str, record: Record, staying: str = "") -> str:
+    """The one line: what is trained, how much of it, on what; `staying` is what quantization left as it was."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = [f"{method.word} ({method.size}): {coverage}"]
     if record.heads and method.word != "full":
@@ -148,8 +155,14 @@ def report(model: Model, method: Method, coverage: str, record: Record) -> str:
     weights = f"weights {total / 1e6:,.1f} MB, {record.base_dtype}"
     if quantized:
         weights += f", {quantized / 1e6:,.1f} MB of them {record.quantization}"
+        weights += f" ({staying})" if staying else ""
     parts.append(weights)
     return "; ".join(parts)
+
+
+def base_of(model: Model) -> Model:
+    """The model inside PEFT's wrapping, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def count_parameters(model: Model, *, without: str | None = None) -> int:
@@ -172,7 +185,7 @@ def record_of(model: Model) -> Record:
     if isinstance(found, Record):
         return found
     config = getattr(model, "peft_config", None)
-    inner = model.get_base_model() if config else model
+    inner = base_of(model)
     word = "full"
     adapter = "default"
     if config:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import BitsAndBytesConfig, PretrainedConfig
 
+GENERATING = ("causal-lm", "seq2seq-lm", "image-text", "speech")
+"""Tasks whose model predicts tokens: its output head is the language model's own."""
+
 # task → (transformers' auto class, its table of class names)
 TASKS = {
     "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -24,6 +27,8 @@ TASKS = {
     "classification": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
     "question-answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    "image-text": ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    "speech": ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
 }
 
 
@@ -218,6 +223,9 @@ def load(source: Source, config: "BitsAndBytesConfig | None", heads: list[str]) 
     )
     if config is None:
         model.to(device)
+    if config is not None:
+        # what transformers' loader does not know: subclasses of nn.Linear, shared weights, stacks of experts
+        quantization.quantize_(model, config, heads)
     quantization.settle(model)
     resized = {name: (found, wanted) for name, found, wanted in info["mismatched_keys"]}
     _refuse_resized_backbone(resized, heads_of(model), source.path)
@@ -242,12 +250,12 @@ def heads_of(model: Model, missing: list[str] | None = None) -> list[str]:
 
     A head is known by its place: in a model for a task other than language modelling, everything beside the backbone.
     """
-    from lora_kit.targets import within
+    from lora_kit.structure import within
 
     backbone = getattr(model, "base_model_prefix", "")
     heads: list[str] = []
     task = task_of(model)
-    if task not in (None, "causal-lm", "seq2seq-lm") and hasattr(model, backbone):
+    if task is not None and task not in GENERATING and hasattr(model, backbone):
         for name, child in model.named_children():
             if name != backbone and any(True for _ in child.parameters()):
                 heads.append(name)

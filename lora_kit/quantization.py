@@ -1,14 +1,19 @@
 """8- and 4-bit bases by bitsandbytes: the config, and the conversion of a model that is already in memory.
 
-What is quantized: every `nn.Linear` and `Conv1D` but the output head, heads that are trained whole, and what the
-model's class keeps in float32 (T5's `wo`). It is the same whether the model is quantized while it is loaded or
-afterwards, bit for bit.
+What is quantized: every linear map (`structure.py`) and every stack of experts but the output head, heads that are
+trained whole, routers, maps too small to gain, and what the model's class keeps in float32 (T5's `wo`) or reads around
+the layer. It is the same whether the model is quantized while it is loaded or afterwards, bit for bit.
 """
 
 import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_kit import structure
 from lora_kit.errors import MissingPackageError, OptionError, UnsupportedError, listing, nearest
+from lora_kit.structure import Part
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -111,41 +116,78 @@ def refuse_quantized_heads(model: Model, heads: list[str]) -> None:
             )
 
 
-def choose(model: Model, heads: list[str]) -> dict[str, Model]:
-    """Path → module for everything to quantize (the weights may be on `meta`)."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
+SMALLEST = 32
+"""Maps with fewer inputs or outputs than this stay as they are: gates and the like, where nothing is gained."""
 
-    from lora_kit import targets
 
-    output = targets.output_embeddings(model)
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    chosen = {}
-    for path, module in model.named_modules():
-        plain = type(module) in (nn.Linear, Conv1D)
-        if not plain or module is output or targets.within(path, heads) or set(path.split(".")) & set(kept):
-            continue
-        chosen[path] = module
-    if not chosen:
-        raise UnsupportedError(f"{type(model).__name__} has no linear layer to quantize; leave quantization out.")
-    return chosen
+@dataclass(frozen=True)
+class Choice:
+    """What to quantize, and what stays and why."""
+
+    linear: tuple[Part, ...]
+    stacks: tuple[Part, ...]
+    skipped: dict[str, str]
+    """Full name of a weight → reason."""
+    parts: tuple[Part, ...]
+
+    def left_out(self) -> str:
+        """`"3.1 % of matmul weights stay: 2 smaller than 32, 4 routers"`, or nothing."""
+        staying = [p for p in self.parts if p.full_name in self.skipped]
+        if not staying:
+            return ""
+        share = 100 * sum(p.entries for p in staying) / sum(p.entries for p in self.parts)
+        counts = Counter(self.skipped[p.full_name] for p in staying)
+        return f"{share:.1f} % of matmul weights stay: " + ", ".join(f"{n} {reason}" for reason, n in counts.items())
+
+
+def choose(model: Model, heads: list[str], skip: Iterable[str] = ()) -> Choice:
+    """What to quantize (the weights may be on `meta`); `skip` are patterns of a `BitsAndBytesConfig`."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    patterns = [re.compile(pattern) for pattern in skip]
+    parts = tuple(p for p in structure.survey(model, heads) if p.reason not in (structure.OUTPUT, structure.HEAD))
+    skipped: dict[str, str] = {}
+    for part in parts:
+        parent, _, leaf = part.path.rpartition(".")
+        if part.kind == "other":
+            skipped[part.full_name] = part.reason or ""
+        elif part.reason == structure.ROUTER:
+            skipped[part.full_name] = part.reason
+        elif part.kind == "own":
+            skipped[part.full_name] = "linear layers with a forward of their own"
+        elif set(part.path.split(".")) & kept:
+            skipped[part.full_name] = "kept in float32 by the model's class"
+        elif part.kind == "linear" and structure.reads_weight(model.get_submodule(parent), leaf, attributes=True):
+            skipped[part.full_name] = structure.READ
+        elif min(part.rows, part.columns) < SMALLEST:
+            skipped[part.full_name] = f"smaller than {SMALLEST}"
+        elif any(pattern.match(part.path) or part.path.endswith(pattern.pattern) for pattern in patterns):
+            skipped[part.full_name] = "in llm_int8_skip_modules"
+    left = [p for p in parts if p.full_name not in skipped]
+    if not left:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no linear layer to quantize that is at least {SMALLEST} × {SMALLEST}; "
+            "leave quantization out."
+        )
+    return Choice(
+        tuple(p for p in left if p.kind == "linear"), tuple(p for p in left if p.kind == "stack"), skipped, parts
+    )
 
 
 def for_loading(config: "BitsAndBytesConfig", skeleton: Model, heads: list[str]) -> "BitsAndBytesConfig":
-    """The config with exactly the modules named that must stay as they are."""
+    """The config with exactly the modules named that transformers must leave as they are."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    chosen = choose(skeleton, heads)
+    own = list(config.llm_int8_skip_modules or [])
+    chosen = {p.path for p in choose(skeleton, heads, own).linear}
     stay = [p for p, m in skeleton.named_modules() if isinstance(m, nn.Linear | Conv1D) and p not in chosen]
     # transformers reads these as regular expressions or endings; the anchors leave only the module itself
-    own = list(config.llm_int8_skip_modules or [])
     config.llm_int8_skip_modules = own + [f"^{re.escape(path)}$" for path in stay]
     return config
 
 
 def quantize_(model: Model, config: "BitsAndBytesConfig", heads: list[str]) -> Model:
-    """Quantize a model in place, layer by layer: memory never exceeds the model plus one layer.
+    """Quantize in place, layer by layer, what is not quantized yet: memory never exceeds the model plus one layer.
 
     Args:
         model: a model in memory, with plain weights.
@@ -154,13 +196,23 @@ def quantize_(model: Model, config: "BitsAndBytesConfig", heads: list[str]) -> M
     """
     from transformers.quantizers import AutoHfQuantizer
 
-    skip = [re.compile(pattern) for pattern in config.llm_int8_skip_modules or ()]
-    for path in list(choose(model, heads)):
-        if any(pattern.match(path) or path.endswith(pattern.pattern) for pattern in skip):
-            continue
+    from lora_kit import stacks
+
+    choice = choose(model, heads, config.llm_int8_skip_modules or ())
+    shared: dict[int, Model] = {}
+    sharing = {id(p.weight) for p in choice.linear if _is_shared(p, choice.linear)}
+    todo = [(p.path, id(p.weight)) for p in choice.linear if not is_quantized(p.module)]
+    stacked = [(p.module, p.parameter) for p in choice.stacks if not stacks.is_packed(p.module, p.parameter)]
+    del choice  # it holds the modules, whose weights are to go one by one
+    for path, weight in todo:
         module = model.get_submodule(path)
-        model.set_submodule(path, _quantized(module, config))
-        del module
+        new = _quantized(module, config, shared.get(weight))
+        if weight in sharing:
+            shared.setdefault(weight, new)
+        model.set_submodule(path, new)
+        del module, new
+    for owner, name in stacked:
+        stacks.pack_(owner, name, config)
     # what transformers leaves behind when it quantizes while loading: PEFT and Trainer look for it
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     model.hf_quantizer = quantizer
@@ -173,14 +225,23 @@ def quantize_(model: Model, config: "BitsAndBytesConfig", heads: list[str]) -> M
     return model
 
 
-def _quantized(module: Model, config: "BitsAndBytesConfig") -> Model:
-    """The quantized twin of one `nn.Linear` or `Conv1D`, on the same device."""
+def _is_shared(part: Part, parts: tuple[Part, ...]) -> bool:
+    return sum(other.weight is part.weight for other in parts) > 1
+
+
+def is_quantized(module: Model) -> bool:
+    return any(cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__)
+
+
+def _quantized(module: Model, config: "BitsAndBytesConfig", twin: Model = None) -> Model:
+    """The quantized twin of one linear layer or `Conv1D`, on the same device.
+
+    `twin` is a quantized layer whose weight was this one's too: its bytes are used again.
+    """
     import bitsandbytes as bnb
     import torch
 
-    from lora_kit import targets
-
-    out_features, in_features = targets.shape(module)
+    out_features, in_features = structure.shape(module)
     weight = module.weight.data
     if type(module).__name__ == "Conv1D":
         weight = weight.T
@@ -205,7 +266,12 @@ def _quantized(module: Model, config: "BitsAndBytesConfig") -> Model:
                 threshold=config.llm_int8_threshold,
             )
     settings = dict(new.weight.__dict__)
-    if config.load_in_4bit:
+    if twin is not None and config.load_in_4bit:
+        new.weight = twin.weight
+    elif twin is not None:
+        held = twin.weight
+        new.weight = bnb.nn.Int8Params(held.data, requires_grad=False, CB=held.CB, SCB=held.SCB)
+    elif config.load_in_4bit:
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **settings).to(weight.device)
     else:
         settings.pop("SCB", None)
@@ -218,19 +284,51 @@ def _quantized(module: Model, config: "BitsAndBytesConfig") -> Model:
 
 
 def settle(model: Model) -> None:
-    """Do now, on this instance, what bitsandbytes would do to 4-bit layers in the middle of training.
+    """Do now, on this instance, what bitsandbytes would do to quantized layers in the middle of training, or fail to.
 
-    Packing: on CPUs with AVX512-BF16 the weights are repacked at the first evaluation, and from then on a kernel
+    Packing: on CPUs with AVX512-BF16 4-bit weights are repacked at the first evaluation, and from then on a kernel
     without a gradient formula runs, in training too: gradients flow only around the quantized layers, without a
     warning. It is switched off. Biases: the first forward casts them to the compute dtype; they are cast here, so that
-    training leaves every frozen tensor bit-identical.
+    training leaves every frozen tensor bit-identical. Shapes: the 8-bit product in evaluation knows inputs of up to
+    three dimensions; more (latent attention has four) are flattened on the way in.
     """
     for module in model.modules():
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
-            continue
-        module.support_avx512bf16_for_cpu = False
-        if module.bias is not None and module.compute_dtype is not None and not module.bias.is_meta:
-            module.bias.data = module.bias.data.to(module.compute_dtype)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if module.bias is not None and module.compute_dtype is not None and not module.bias.is_meta:
+                module.bias.data = module.bias.data.to(module.compute_dtype)
+        elif is_quantized(module) and hasattr(module, "state") and "lora_kit_flattens" not in module.__dict__:
+            module.__dict__["lora_kit_flattens"] = None
+            module.register_forward_pre_hook(_flatten)
+            module.register_forward_hook(_unflatten, always_call=True)
+
+
+def _flatten(module: Model, inputs: tuple) -> tuple | None:
+    x = inputs[0]
+    if x.dim() <= 3:
+        return None
+    module.__dict__["lora_kit_flattens"] = x.shape[:-1]
+    return (x.flatten(0, -2), *inputs[1:])
+
+
+def _unflatten(module: Model, inputs: tuple, output: Any) -> Any:
+    lead = module.__dict__["lora_kit_flattens"]
+    module.__dict__["lora_kit_flattens"] = None
+    return output if lead is None or output is None else output.unflatten(0, lead)
+
+
+def left_out(model: Model, heads: list[str]) -> str:
+    """What of the matmul weights is not quantized, and why, in words; empty where everything is."""
+    from lora_kit import stacks
+
+    parts = tuple(p for p in structure.survey(model, heads) if p.reason not in (structure.OUTPUT, structure.HEAD))
+    plain = [p for p in parts if not (is_quantized(p.module) or stacks.is_packed(p.module, p.parameter))]
+    try:
+        reasons = choose(model, heads).skipped
+    except UnsupportedError:
+        reasons = {}
+    skipped = {p.full_name: reasons.get(p.full_name, "as the model was loaded") for p in plain}
+    return Choice((), (), skipped, parts).left_out()
 
 
 def quantized_bytes(model: Model) -> tuple[int, int]:
@@ -239,6 +337,6 @@ def quantized_bytes(model: Model) -> tuple[int, int]:
     for parameter in model.parameters():
         size = parameter.numel() * parameter.element_size()
         total += size
-        if type(parameter).__name__ in ("Params4bit", "Int8Params"):
+        if type(parameter).__name__ in ("Params4bit", "Int8Params") or not parameter.is_floating_point():
             quantized += size
     return quantized, total

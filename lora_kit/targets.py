@@ -1,20 +1,19 @@
-"""Which modules carry an adapter, and how much of the model that covers.
+"""Which weights carry an adapter, and how much of the model that covers.
 
-What counts is what a module is, not what it is called: a linear map with a weight. Left out are the output head,
-heads that are trained whole, routers, and linear subclasses whose forward is their own.
+What counts is what a module is, not what it is called (`structure.py`). Left out, each with its reason in the report:
+the output head and what is tied to it, heads that are trained whole, routers, modules that are never used or whose
+weight is read around them, and the towers of a multimodal model that were not asked for.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from lora_kit import structure
 from lora_kit.errors import OptionError, TargetError, UnsupportedError, listing, nearest
+from lora_kit.structure import HEAD, OUTPUT, Part
 from lora_kit.types import Model
-
-if TYPE_CHECKING:
-    pass
 
 # PEFT's names for the tasks of `base.TASKS`
 PEFT_TASKS = {
@@ -23,28 +22,70 @@ PEFT_TASKS = {
     "classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "question-answering": "QUESTION_ANS",
+    "image-text": "CAUSAL_LM",
+    # "speech" has none: PEFT's sequence-to-sequence class would pass on input_ids, which such models do not take
 }
+
+TOWERS = ("language", "vision", "audio", "all")
+UNUSED = "never used in a forward"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The modules that will carry an adapter, and what was left out."""
+    """The weights that will carry an adapter, and what was left out."""
 
     modules: dict[str, Model]
-    weights: int
-    """Entries of the weight matrices that are adapted."""
-    total_weights: int
-    """Entries of all matrices that take part in matrix products, the output head and trained heads left out."""
-    total_modules: int
+    """Path → linear layer."""
+    parameters: tuple[str, ...]
+    """Full names of parameters that PEFT adapts in place of a module: stacks, and layers with a forward of their own."""
+    parts: tuple[Part, ...]
+    """What was there to choose from: the output head and heads left out."""
+    chosen: frozenset[str]
+    """Full names of the weights that are adapted."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Path → reason."""
+    """Full name → reason."""
+    where: str = "language"
+    probed: bool = True
+    """Whether a forward pass has shown which modules are used."""
+
+    def share(self, tower: str | None = None) -> float:
+        """Share of the matmul weights that is adapted, 0 to 1; of one tower or of all."""
+        parts = [p for p in self.parts if tower in (None, p.tower)]
+        total = sum(p.entries for p in parts)
+        return sum(p.entries for p in parts if p.full_name in self.chosen) / total if total else 0.0
 
     def coverage(self) -> str:
-        """`"72 of 72 linear layers (100.0 % of their weights)"`."""
-        share = 100 * self.weights / max(self.total_weights, 1)
-        line = f"{len(self.modules)} of {self.total_modules} linear layers ({share:.1f} % of matmul weights)"
-        reasons = Counter(self.skipped.values())
-        return line + "".join(f", {count} left out: {reason}" for reason, count in reasons.items())
+        """`"72 of 72 linear layers (100.0 % of matmul weights)"`, and what was left out and why."""
+        towers = list(dict.fromkeys(p.tower for p in self.parts))
+        asked = [t for t in towers if self.where in ("all", t)] or towers
+        mine = [p for p in self.parts if p.tower in asked]
+        share = sum(p.entries for p in mine if p.full_name in self.chosen) / max(sum(p.entries for p in mine), 1)
+        line = f"{_count(mine, self.chosen)} ({100 * share:.1f} % of matmul weights)"
+        if len(towers) > 1:
+            line = f"{' and '.join(asked)}: {line}"
+        # what is a single layer's worth is said by number, the rest by weight too
+        reasons = Counter(self.skipped[p.full_name] for p in mine if p.full_name in self.skipped)
+        for reason, count in reasons.items():
+            weight = sum(p.entries for p in mine if self.skipped.get(p.full_name) == reason)
+            portion = 100 * weight / max(sum(p.entries for p in mine), 1)
+            line += f", {count} left out: {reason}" + (f" ({portion:.1f} %)" if portion >= 0.05 else "")
+        for tower in towers:
+            if tower not in asked:
+                line += f"; {tower} left out (where={tower!r} or 'all' adapts it)"
+        if not self.probed:
+            line += "; whether each is used in a forward could not be tried"
+        return line
+
+
+def _count(parts: list[Part], chosen: frozenset[str]) -> str:
+    """`"12 of 14 linear layers and 4 of 4 expert stacks"`."""
+    kinds = {"linear layers": ("linear", "own"), "expert stacks": ("stack",), "other weights": ("other",)}
+    words = []
+    for word, kind in kinds.items():
+        found = [p for p in parts if p.kind in kind]
+        if found:
+            words.append(f"{sum(p.full_name in chosen for p in found)} of {len(found)} {word}")
+    return " and ".join(words[:2]) if words else "0 of 0 linear layers"
 
 
 def peft_task(model: Model) -> str | None:
@@ -54,104 +95,117 @@ def peft_task(model: Model) -> str | None:
     return PEFT_TASKS.get(base.task_of(model) or "")
 
 
-def linear_layers(model: Model) -> dict[str, Model]:
-    """Path → module for every linear map with a weight: `nn.Linear` and its kin, `Conv1D`, quantized linears."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return {path: m for path, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-
-
-def shape(module: Model) -> tuple[int, int]:
-    """(out features, in features), whatever layout the weight is stored in."""
-    if type(module).__name__ == "Conv1D":
-        rows, columns = module.weight.shape
-        return columns, rows
-    return module.out_features, module.in_features
-
-
-def output_embeddings(model: Model) -> Model:
-    """The output head of a language model."""
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
-
-
-def within(path: str, roots: Iterable[str]) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for root in roots)
-
-
-def _runs_its_own_forward(module: Model) -> bool:
-    """Whether this is a linear subclass that computes something else (a router that returns a tuple, say)."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    known = type(module) in (nn.Linear, Conv1D) or type(module).__module__.startswith("bitsandbytes.")
-    return not known and type(module).forward is not nn.Linear.forward and not _is_a_plain_product(module)
-
-
-def _is_a_plain_product(module: Model) -> bool:
-    """Run the module once on a small input and compare with `x Wᵀ + b`; on `meta` only shapes can be compared."""
-    import torch
-    from torch.nn import functional
-
-    x = torch.ones(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
-    try:
-        with torch.no_grad():
-            y = module(x)
-            expected = functional.linear(x, module.weight, module.bias)
-    except Exception:
-        return False
-    if not torch.is_tensor(y) or y.shape != expected.shape:
-        return False
-    return y.is_meta or bool(torch.allclose(y, expected, rtol=1e-2, atol=1e-3))
-
-
-def choose(model: Model, wanted: tuple[str, ...] | str | None, heads: list[str], *, rank: int) -> Choice:
-    """The modules to adapt.
+def choose(
+    model: Model,
+    wanted: tuple[str, ...] | str | None,
+    heads: list[str],
+    *,
+    rank: int,
+    where: str = "language",
+    experts: bool = True,
+    try_out: bool = False,
+) -> Choice:
+    """The weights to adapt.
 
     Args:
-        wanted: None for every linear layer; or names, of which each must match; or one regular expression.
+        wanted: None for every linear map; or names, of which each must match; or one regular expression.
         heads: paths of modules that are trained whole and so carry no adapter.
         rank: rank of the update, which no adapted matrix may be smaller than.
+        where: the tower of a multimodal model, one of `TOWERS`.
+        experts: whether stacks of expert matrices are adapted.
+        try_out: run the model once to see which modules are used; it needs its weights.
 
     Raises:
         TargetError: for a name that matches nothing.
         OptionError: for a rank larger than a matrix.
         UnsupportedError: for a model without any linear layer.
     """
-    layers = linear_layers(model)
-    output = output_embeddings(model)
-    layers = {p: m for p, m in layers.items() if m is not output and not within(p, heads)}
-    sizes = {p: shape(m)[0] * shape(m)[1] for p, m in layers.items()}
+    parts = tuple(p for p in structure.survey(model, heads) if p.reason not in (OUTPUT, HEAD))
     if wanted not in (None, "all-linear"):
-        chosen = match(model, wanted)
-        skipped: dict[str, str] = {}
-    else:
-        skipped = {p: "routers" for p, m in layers.items() if _runs_its_own_forward(m)}
-        small = [p for p in layers if p not in skipped and min(shape(layers[p])) < rank]
-        # A gate with one output is no reason to refuse a model, a rank above its real matrices is.
-        if sum(sizes[p] for p in small) < 0.01 * sum(sizes.values()):
-            skipped |= dict.fromkeys(small, f"smaller than the rank {rank}")
-        chosen = {p: m for p, m in layers.items() if p not in skipped}
-    if not chosen:
+        return _as_asked(model, wanted, parts, rank)
+    skipped = {p.full_name: p.reason for p in parts if p.reason}
+    _refuse_missing_tower(model, parts, where)
+    for part in parts:
+        if where not in ("all", part.tower):
+            skipped.setdefault(part.full_name, f"{part.tower} tower")
+        elif part.kind == "stack" and not experts:
+            skipped.setdefault(part.full_name, "experts=False")
+    probed = True
+    if try_out:
+        probed = _skip_unused(model, parts, skipped)
+    left = [p for p in parts if p.full_name not in skipped]
+    small = [p for p in left if min(p.rows, p.columns) < rank]
+    # A gate with one output is no reason to refuse a model, a rank above its real matrices is.
+    if sum(p.entries for p in small) < 0.01 * sum(p.entries for p in left):
+        skipped |= {p.full_name: f"smaller than the rank {rank}" for p in small}
+        left = [p for p in left if p.full_name not in skipped]
+    if not left:
         raise UnsupportedError(
             f"{type(model).__name__} has no linear layer that could carry an adapter. Use method='full'."
         )
-    for path, module in chosen.items():
-        if path in sizes and min(shape(module)) < rank:
+    _refuse_rank(left, rank)
+    return Choice(
+        {p.path: p.module for p in left if p.kind == "linear"},
+        tuple(p.full_name for p in left if p.kind in ("stack", "own")),
+        parts,
+        frozenset(p.full_name for p in left),
+        skipped,
+        where,
+        probed,
+    )
+
+
+def _skip_unused(model: Model, parts: tuple[Part, ...], skipped: dict[str, str]) -> bool:
+    """Add what a forward pass does not use to `skipped`; False if no forward could be run."""
+    from lora_kit import probe
+
+    candidates = {p.path: p.module for p in parts if p.full_name not in skipped}
+    used = probe.used(model, candidates)
+    if used is None:
+        return False
+    for part in parts:
+        # the other towers do not run on text alone: that says nothing about them
+        if part.tower == "language" and part.full_name not in skipped and part.path not in used:
+            skipped[part.full_name] = UNUSED
+    return True
+
+
+def _refuse_missing_tower(model: Model, parts: tuple[Part, ...], where: str) -> None:
+    towers = list(dict.fromkeys(p.tower for p in parts))
+    if where not in ("all", "language") and where not in towers:
+        raise UnsupportedError(
+            f"where={where!r}, but {type(model).__name__} has no such tower; it has: {listing(towers)}."
+        )
+
+
+def _refuse_rank(parts: Iterable[Part], rank: int) -> None:
+    for part in parts:
+        smaller = min(part.rows, part.columns)
+        if smaller < rank:
             raise OptionError(
-                f"rank {rank} is larger than the matrix of {path!r}, {shape(module)[0]} × {shape(module)[1]}; "
-                f"accepted there: 1 to {min(shape(module))}. Choose a smaller rank, or other target_modules."
+                f"rank {rank} is larger than the matrix of {part.path!r}, {part.rows} × {part.columns}; "
+                f"accepted there: 1 to {smaller}. Choose a smaller rank, or other target_modules."
             )
-    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3 and p.is_floating_point())
-    if experts and wanted is None:
-        skipped["fused experts"] = "fused experts, held as 3-d parameters"
-    adapted = sum(sizes[path] for path in chosen if path in sizes)
-    return Choice(chosen, adapted, sum(sizes.values()) + experts, len(layers), skipped)
+
+
+def _as_asked(model: Model, wanted: Iterable[str] | str, parts: tuple[Part, ...], rank: int) -> Choice:
+    """The user's own choice of modules and stacks."""
+    matched = match(model, wanted)
+    by_name = {p.full_name: p for p in parts}
+    stacks = {name for name in matched if name in by_name and by_name[name].kind == "stack"}
+    own = {f"{path}.weight" for path in matched if by_name.get(f"{path}.weight", None) in _own(parts)}
+    modules = {path: m for path, m in matched.items() if path not in stacks and f"{path}.weight" not in own}
+    chosen = stacks | own | {f"{path}.weight" for path in modules}
+    _refuse_rank([p for p in parts if p.full_name in chosen], rank)
+    return Choice(modules, tuple(sorted(stacks | own)), parts, frozenset(chosen), where="all")
+
+
+def _own(parts: tuple[Part, ...]) -> list[Part]:
+    return [p for p in parts if p.kind == "own"]
 
 
 def match(model: Model, wanted: Iterable[str] | str) -> dict[str, Model]:
-    """The modules that the names (each at least one) or the regular expression stand for.
+    """The modules, and stacks of matrices, that the names (each at least one) or the regular expression stand for.
 
     A name matches as PEFT matches it: the full path, or its last parts.
     """
@@ -159,6 +213,7 @@ def match(model: Model, wanted: Iterable[str] | str) -> dict[str, Model]:
     from transformers.pytorch_utils import Conv1D
 
     carriers = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | nn.Embedding | nn.Conv2d)}
+    carriers |= {p.full_name: p.module for p in structure.survey(model) if p.kind == "stack"}
     if isinstance(wanted, str):
         try:
             chosen = {p: m for p, m in carriers.items() if re.fullmatch(wanted, p)}

@@ -1,14 +1,16 @@
 """LoRA: low-rank adapters on linear layers, by PEFT."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_kit.errors import OptionError
+from lora_kit.errors import OptionError, UnsupportedError, listing, nearest
 from lora_kit.methods.method import Attached, Method, Rate, positive_integer
+from lora_kit.targets import TOWERS
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
-    pass
+    from lora_kit.targets import Choice
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class LoRA(Method):
         "use_dora": "dora",
         "use_rslora": "rslora",
         "targets": "target_modules",
+        "target_parameters": "target_modules",
+        "init_lora_weights": "pissa",
+        "loraplus_lr_ratio": "lora_plus",
+        "trainable_token_indices": "new_tokens",
     }
 
     rank: int = 16
@@ -49,12 +55,24 @@ class LoRA(Method):
     dropout: float = 0.0
     """Share of the adapter's inputs set to zero while training."""
     target_modules: tuple[str, ...] | str | None = None
-    """Which layers. None: every linear layer but the output head and routers. Names such as `("q_proj", "v_proj")`
-    or full paths, each of which must match; or one regular expression for the full path."""
+    """Which layers. None: every linear layer and expert stack but the output head and routers. Names such as
+    `("q_proj", "v_proj")` or full paths, each of which must match; or one regular expression for the full path."""
+    where: str = "language"
+    """Which tower of a multimodal model: `"language"`, `"vision"`, `"audio"` or `"all"`."""
+    experts: bool = True
+    """Whether experts that a model holds as stacks of matrices, (experts, ·, ·), get one adapter each."""
     rslora: bool = False
     """Scale by alpha / √rank instead (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
     dora: bool = False
     """Train magnitude and direction apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
+    pissa: bool = False
+    """Start A and B from the largest singular values of W, and keep the rest of W as the base (Meng et al. 2024,
+    https://arxiv.org/abs/2404.02948). Saved as an adapter of twice the rank on the unchanged base."""
+    lora_plus: float = 1.0
+    """How many times faster B learns than A, through `param_groups` (Hayou et al. 2024, which uses 16,
+    https://arxiv.org/abs/2402.12354)."""
+    new_tokens: tuple[int, ...] | None = None
+    """Ids of tokens whose embeddings are trained too, these rows alone, and saved with the adapter."""
 
     def __post_init__(self) -> None:
         positive_integer("lora", "rank", self.rank)
@@ -62,8 +80,18 @@ class LoRA(Method):
             raise OptionError(f"lora: alpha must be above 0 (0 would switch the adapter off), got {self.alpha!r}.")
         if not 0 <= self.dropout < 1:
             raise OptionError(f"lora: dropout must be at least 0 and below 1, got {self.dropout!r}.")
+        if self.where not in TOWERS:
+            raise OptionError(
+                f"lora: unknown where {self.where!r}; accepted: {listing(TOWERS)}.{nearest(self.where, TOWERS)}"
+            )
+        if not self.lora_plus > 0:
+            raise OptionError(f"lora: lora_plus must be above 0, got {self.lora_plus!r}.")
+        if self.dora and self.pissa:
+            raise OptionError("lora: dora and pissa both set how the adapter starts; choose one.")
         if isinstance(self.target_modules, list | set):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.new_tokens is not None:
+            object.__setattr__(self, "new_tokens", _token_ids(self.new_tokens))
 
     @property
     def size(self) -> str:
@@ -75,27 +103,120 @@ class LoRA(Method):
         return 2 * self.rank if self.alpha is None else self.alpha
 
     def check(self, model: Model, heads: list[str]) -> None:
-        from lora_kit import targets
+        from lora_kit import quantization
 
-        targets.choose(model, self.target_modules, heads, rank=self.rank)
+        choice = self._choose(model, heads)
+        self._refuse_variants_on_stacks(choice.parameters)
+        self._refuse_unknown_tokens(model)
+        bits = quantization.of(model)
+        if self.pissa and bits is not None:
+            raise UnsupportedError(
+                f"pissa on a {bits} base: it starts from the singular values of the 16-bit weights. Load the model "
+                "without quantization, or leave pissa out."
+            )
 
     def attach(self, model: Model, heads: list[str], name: str) -> Attached:
         from peft import LoraConfig
 
-        from lora_kit import targets
+        from lora_kit import sharing, targets
         from lora_kit.methods.native import wrap
 
-        choice = targets.choose(model, self.target_modules, heads, rank=self.rank)
+        self.check(model, heads)
+        choice = self._choose(model, heads, try_out=True)
         config = LoraConfig(
             task_type=targets.peft_task(model),
             r=self.rank,
             lora_alpha=self.alpha_value,
             lora_dropout=self.dropout,
             target_modules=sorted(choice.modules),
+            target_parameters=list(choice.parameters) or None,
+            exclude_modules=_caught_by_ending(model, choice.modules) or None,
             modules_to_save=sorted(heads) or None,
             use_rslora=self.rslora,
             use_dora=self.dora,
+            init_lora_weights="pissa" if self.pissa else True,
+            trainable_token_indices=list(self.new_tokens) if self.new_tokens else None,
             # Conv1D (GPT-2) holds its matrix transposed
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in choice.modules.values()),
         )
-        return Attached(wrap(model, config, name), choice.coverage())
+        adapted = wrap(model, config, name, exactly=True)
+        sharing.share_adapters(adapted, name)
+        _confirm(adapted, choice)
+        if self.pissa:
+            sharing.remember_start(adapted, name)
+        return Attached(adapted, choice.coverage(), choice.share(), dict(choice.skipped))
+
+    def _choose(self, model: Model, heads: list[str], *, try_out: bool = False) -> "Choice":
+        from lora_kit import targets
+
+        return targets.choose(
+            model,
+            self.target_modules,
+            heads,
+            rank=self.rank,
+            where=self.where,
+            experts=self.experts,
+            try_out=try_out,
+        )
+
+    def _refuse_variants_on_stacks(self, parameters: tuple[str, ...]) -> None:
+        """The update of a stack is added to the weight before the product: what acts on inputs or norms cannot work."""
+        variants = {"dropout": self.dropout, "dora": self.dora, "pissa": self.pissa}
+        asked = [word for word, value in variants.items() if value]
+        if parameters and asked:
+            raise UnsupportedError(
+                f"{asked[0]}={variants[asked[0]]!r} does not work on {parameters[0]!r}, which is adapted as a whole "
+                f"parameter. Leave {asked[0]} out, or leave such weights out with experts=False or target_modules."
+            )
+
+    def _refuse_unknown_tokens(self, model: Model) -> None:
+        rows = model.get_input_embeddings().weight.shape[0] if self.new_tokens else 0
+        beyond = [i for i in self.new_tokens or () if i >= rows]
+        if beyond:
+            raise OptionError(
+                f"new_tokens names the id {beyond[0]}, but the model has {rows} embeddings (ids 0 to {rows - 1}). Make "
+                "room first: model.resize_token_embeddings(len(tokenizer))."
+            )
+
+
+def _token_ids(given: object) -> tuple[int, ...]:
+    ids = tuple(given) if isinstance(given, list | tuple | set | range) else (given,)
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            raise OptionError(
+                f"lora: new_tokens takes ids of tokens, got {i!r}. For words: tokenizer.add_tokens(words), then "
+                "new_tokens=tokenizer.convert_tokens_to_ids(words)."
+            )
+    if not ids:
+        raise OptionError("lora: new_tokens is empty; leave it out, or give ids of tokens.")
+    return tuple(sorted(set(ids)))
+
+
+def _caught_by_ending(model: Model, chosen: Iterable[str]) -> list[str]:
+    """Modules that PEFT would adapt because their path ends like a chosen one's."""
+    wanted = set(chosen)
+    caught = []
+    for path, _ in model.named_modules():
+        pieces = path.split(".")
+        if path not in wanted and any(".".join(pieces[i:]) in wanted for i in range(1, len(pieces))):
+            caught.append(path)
+    return caught
+
+
+def _confirm(adapted: Model, choice: "Choice") -> None:
+    """Every chosen weight carries an adapter now, and no other does."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    from lora_kit.stacks import AdaptedParameter
+
+    found = set()
+    for path, layer in adapted.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            clean = path.replace(".base_layer", "")
+            found.add(f"{clean}.{layer.parameter_name}" if isinstance(layer, AdaptedParameter) else clean)
+    wanted = set(choice.modules) | set(choice.parameters)
+    if found != wanted:
+        raise UnsupportedError(
+            f"PEFT adapted {listing(sorted(found - wanted) or ['nothing'], 3)} besides, and left out "
+            f"{listing(sorted(wanted - found) or ['nothing'], 3)}. Name the layers with target_modules=."
+        )

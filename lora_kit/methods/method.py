@@ -2,9 +2,10 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from lora_kit.base import GENERATING
 from lora_kit.errors import OptionError, listing, nearest
 from lora_kit.types import Model
 
@@ -39,6 +40,10 @@ class Attached:
 
     model: Model
     coverage: str
+    share: float = 1.0
+    """Share of the matmul weights that is trained or adapted, 0 to 1."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Weight → why it is neither."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Method(ABC):
         with what holds for models of billions of parameters: full 1.7e-5 and LoRA 1.7e-4 at 8 B (ten times full's, as
         in "LoRA Without Regret", Schulman 2025), prefix 7e-3 at 3 B (5e-3 is the best row of PEFT's own comparison).
         """
-        rate = cls.language_rate if task in ("causal-lm", "seq2seq-lm") else cls.rate
+        rate = cls.language_rate if task in GENERATING else cls.rate
         scaled = rate.at_reference * (REFERENCE_PARAMETERS / max(parameters, 1)) ** rate.exponent
         return float(f"{scaled * (cls.head_factor if head else 1):.2g}")
 

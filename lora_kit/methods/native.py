@@ -1,6 +1,8 @@
 """Any PEFT config as it is, and the one place where PEFT wraps a model."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,25 +86,51 @@ class Native(Method):
         return Attached(wrap(model, config, name), f"as {type(config).__name__} says")
 
 
-def wrap(model: Model, config: Any, name: str) -> Model:
-    """`peft.get_peft_model`, with heads that train in float32 and without PEFT's transient warning.
+def wrap(model: Model, config: Any, name: str, *, exactly: bool = False) -> Model:
+    """`peft.get_peft_model`, with heads that train in float32 and without PEFT's transient warnings.
 
-    A head in 16 bit would round its updates away, so the trained copy is float32 and casts its inputs.
+    A head in 16 bit would round its updates away, so the trained copy is float32 and casts its inputs. `exactly`:
+    the config names full paths of this very model, which PEFT must take as they are.
     """
     import warnings
+    from contextlib import nullcontext
 
     from peft import get_peft_model
 
-    with warnings.catch_warnings():
+    from lora_kit import stacks
+
+    with warnings.catch_warnings(), stacks.shown(model), as_named(model) if exactly else nullcontext():
         # transformers deprecates an attribute that PEFT still reads on every call; nothing that a user could act on
         warnings.filterwarnings("ignore", category=FutureWarning, module="peft|transformers")
+        # each layer gets the layout that it has, whatever the config says
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", module="peft")
         adapted = get_peft_model(model, config, adapter_name=name)
+    stacks.adapt_parameters_(adapted)
     train_heads_in_float32(adapted, name)
     if config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
         from lora_kit.methods.prefix import refuse_later_checkpointing
 
         refuse_later_checkpointing(model)
     return adapted
+
+
+@contextmanager
+def as_named(model: Model) -> Iterator[None]:
+    """Keep PEFT from rewriting targets by the model's type, on this instance and for the time of one call.
+
+    For some mixture-of-experts types PEFT sends every target called `gate_proj`, `up_proj` or `down_proj` to the
+    experts, as adapters from before transformers 5 need it: dense layers and shared experts would go without. For
+    some state-space types it refuses every `out_proj`. Both go by `config.model_type`.
+    """
+    own = vars(model.config) if hasattr(model, "config") else {}
+    before = dict(own)
+    own["model_type"] = ""
+    try:
+        yield
+    finally:
+        del own["model_type"]
+        if "model_type" in before:
+            own["model_type"] = before["model_type"]
 
 
 def train_heads_in_float32(model: Model, name: str) -> None:

@@ -1,14 +1,16 @@
 """`load`: the one way back from a folder, whatever the method."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_kit import base as base_models
 from lora_kit import quantization as bits
+from lora_kit import sharing, structure
 from lora_kit.adaptation import Record, count_parameters, main_dtype
 from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, listing
 from lora_kit.methods import METHODS, word_of
-from lora_kit.methods.native import wrap
+from lora_kit.methods.native import as_named, wrap
 from lora_kit.storage import manifest
 from lora_kit.targets import PEFT_TASKS
 from lora_kit.types import Model
@@ -110,7 +112,10 @@ def _load_adapter(
     config.base_model_name_or_path = None  # PEFT notes the name of the base that it is put on
     model = _base_for(folder, facts, config, base or recorded, quantization, dtype, device)
     parameters = count_parameters(model)
-    adapted = wrap(model, config, "default")
+    ours = bool(facts) and config.peft_type.value == "LORA"
+    if ours:
+        _as_modules(config, model)
+    adapted = wrap(model, config, "default", exactly=ours)
     try:
         _compare(file, tensors, adapted)
     except AdapterMismatchError:
@@ -118,13 +123,27 @@ def _load_adapter(
         if hasattr(adapted.base_model, "unload"):
             adapted.base_model.unload()
         raise
-    set_peft_model_state_dict(adapted, tensors, adapter_name="default")
+    with as_named(adapted) if ours else nullcontext():
+        set_peft_model_state_dict(adapted, tensors, adapter_name="default")
+    if ours:
+        sharing.share_equal_adapters(adapted, "default")
     if not train:
         adapted.requires_grad_(False)
     adapted.train(train)
     name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
     adapted.lora_kit_record = _record(facts, adapted, word_of(config), str(name) if name else None, parameters)
     return adapted
+
+
+def _as_modules(config: Any, model: Model) -> None:
+    """Undo what `save` did for PEFT's sake: linear layers among the target parameters are modules again."""
+    plain = {p.full_name: p.path for p in structure.survey(model) if p.kind == "linear"}
+    named = config.target_parameters or []
+    modules = {plain[name] for name in named if name in plain}
+    if not modules:
+        return
+    config.target_modules = {*(config.target_modules or ()), *modules}
+    config.target_parameters = [name for name in named if name not in plain] or None
 
 
 def _base_for(
@@ -140,7 +159,8 @@ def _base_for(
     kwargs = None
     if not isinstance(base, nn.Module):
         peft_task = getattr(config.task_type, "value", config.task_type)
-        task = facts.get("task") or {theirs: ours for ours, theirs in PEFT_TASKS.items()}.get(peft_task)
+        # more than one task of ours may be PEFT's one: the first is the plainest
+        task = facts.get("task") or {theirs: ours for ours, theirs in reversed(PEFT_TASKS.items())}.get(peft_task)
         labels = facts.get("labels")
         if labels:
             kwargs = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}

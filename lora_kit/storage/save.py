@@ -1,11 +1,13 @@
 """`save`: an adapted model as files that PEFT, or transformers, reads without us."""
 
+import copy
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_kit import base
+from lora_kit import base, sharing
 from lora_kit.adaptation import record_of
 from lora_kit.errors import StorageError
 from lora_kit.storage import manifest
@@ -78,7 +80,48 @@ def _write_adapter(model: Model, name: str, staging: Path) -> Path:
     # "auto", PEFT's default, would look the base up on the hub to see whether its vocabulary was resized
     model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=embeddings)
     # PEFT puts an adapter of any other name into a folder of that name
-    return staging if name == "default" else staging / name
+    folder = staging if name == "default" else staging / name
+    if sharing.started_elsewhere(model):
+        _move_to_the_unchanged_base(model, folder)
+    _name_what_peft_would_rename(model, name, folder)
+    return folder
+
+
+def _move_to_the_unchanged_base(model: Model, folder: Path) -> None:
+    """Write PiSSA's adapter as a plain one of twice the rank, which belongs on the base as it was loaded."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file(sharing.on_the_unchanged_base(model, load_file(file)), file, metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    grown = 2**0.5 if config["use_rslora"] else 2
+    config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": grown * config["lora_alpha"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def _name_what_peft_would_rename(model: Model, name: str, folder: Path) -> None:
+    """Put linear layers that PEFT would take for experts, by their names, among the parameters, which it leaves alone.
+
+    For some mixture-of-experts types PEFT reads `gate_proj` and the like among the target modules as the experts'. A
+    layer's weight named as a target parameter gives the same tensors under the same keys.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:  # before PEFT 0.19 nothing is renamed
+        return
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    if config["peft_type"] != "LORA" or not isinstance(config["target_modules"], list):
+        return
+    renamed = copy.deepcopy(model.peft_config[name])
+    convert(renamed, model.get_base_model(), None)
+    lost = set(config["target_modules"]) - set(renamed.target_modules)
+    if not lost:
+        return
+    paths = [path for path in sharing.adapted_modules(model) if any(path == t or path.endswith(f".{t}") for t in lost)]
+    config["target_modules"] = sorted(set(config["target_modules"]) - lost)
+    config["target_parameters"] = [*(config["target_parameters"] or []), *(f"{path}.weight" for path in paths)]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def write_tokenizer(source: str | None, folder: Path) -> None:

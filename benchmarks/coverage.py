@@ -1,0 +1,538 @@
+"""Which of transformers' architectures train, by method and base: one tiny random model each, one process a cell.
+
+    python benchmarks/coverage.py                                      # everything, resumed where it stopped
+    python benchmarks/coverage.py --library peft                       # plain PEFT with "all-linear", same checks
+    python benchmarks/coverage.py --tasks causal-lm --archs mixtral    # one architecture, in seconds
+    python benchmarks/coverage.py --report                             # the table from the rows at hand
+
+A cell is ok when no exception is raised and every check below holds; `CHECKS` has them in words. Tiny random weights say
+that shapes, gradients and files are right, nothing about quality.
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+for _name, _value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}.items():
+    os.environ.setdefault(_name, _value)
+warnings.filterwarnings("ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import architectures as tiny  # noqa: E402 (the settings above must come first)
+import torch  # noqa: E402
+
+MODES = ("lora", "lora-checkpointing", "lora-4bit", "lora-8bit", "full")
+FIRST_TASKS = ("causal-lm", "seq2seq-lm", "classification")
+OTHER_TASKS = ("token-classification", "question-answering", "image-text", "speech")
+RANK, STEPS, MORE_STEPS, CLOSE = 4, 5, 20, 1e-4
+CHECKS = {
+    "trains": "finite loss, some trained tensor gets a gradient",
+    "frozen": "every frozen tensor is bit-identical after training",
+    "falls": "the evaluation loss is lower after 5 steps of AdamW, or 25 before calling it stuck",
+    "reloads": "save, then load on a fresh base: equal logits (1e-4)",
+    "every adapter": "every adapter of a module that the forward runs gets a non-zero gradient",
+    "evaluation": "an evaluation in the middle changes no gradient",
+    "checkpointing": "with checkpointing the gradients equal those without (1e-3), where transformers has it",
+    "coverage": "95 % of the language model's matmul weights adapted, or a stated reason for each that is not",
+    "merges": "merged in memory: equal logits (1e-3)",
+}
+# what "ok" meant when plain PEFT was first measured: the stricter checks came later
+LENIENT = ("trains", "frozen", "falls", "reloads", "checkpointing")
+
+
+class LoraKit:
+    """`adapt`, `save`, `load`."""
+
+    def adapt(self, fresh: Callable[[], Any], mode: str, folder: Path, cls: type) -> Any:
+        from lora_kit import adapt
+
+        options = {} if mode == "full" else {"rank": RANK}
+        return adapt(fresh(), mode.split("-")[0], quantization=_bits(mode), **options)
+
+    def save(self, model: Any, folder: Path) -> None:
+        from lora_kit import save
+
+        save(model, folder)
+
+    def load(self, fresh: Callable[[], Any], mode: str, folder: Path, cls: type, base: Path) -> Any:
+        from lora_kit import load
+
+        if mode == "full":
+            return load(folder)
+        return load(folder, fresh(), quantization=_bits(mode))
+
+    def left_out(self, model: Any) -> dict[str, str]:
+        return model.lora_kit_record.left_out
+
+
+class Peft:
+    """Plain PEFT: `target_modules="all-linear"`, its own k-bit preparation, transformers' quantized loading."""
+
+    tasks = {
+        "causal-lm": "CAUSAL_LM",
+        "seq2seq-lm": "SEQ_2_SEQ_LM",
+        "classification": "SEQ_CLS",
+        "token-classification": "TOKEN_CLS",
+        "question-answering": "QUESTION_ANS",
+        "image-text": "CAUSAL_LM",
+    }
+
+    def __init__(self, task: str):
+        self.task = self.tasks.get(task)
+
+    def _base(self, fresh: Callable[[], Any], mode: str, folder: Path, cls: type) -> Any:
+        if _bits(mode) is None:
+            return fresh()
+        from transformers import BitsAndBytesConfig
+
+        config = {
+            "4bit": BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+            ),
+            "8bit": BitsAndBytesConfig(load_in_8bit=True),
+        }[_bits(mode)]
+        model = cls.from_pretrained(folder, quantization_config=config, device_map="cpu", dtype=torch.float32)
+        if not any(type(m).__name__ in ("Linear4bit", "Linear8bitLt") for m in model.modules()):
+            raise RuntimeError("no module was quantized")
+        return model
+
+    def adapt(self, fresh: Callable[[], Any], mode: str, folder: Path, cls: type) -> Any:
+        import peft
+
+        model = self._base(fresh, mode, folder, cls)
+        if mode == "full":
+            return model
+        if _bits(mode):
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        return peft.get_peft_model(model, peft.LoraConfig(r=RANK, task_type=self.task, target_modules="all-linear"))
+
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+
+    def load(self, fresh: Callable[[], Any], mode: str, folder: Path, cls: type, base: Path) -> Any:
+        import peft
+
+        if mode == "full":
+            return cls.from_pretrained(folder, dtype=torch.float32)
+        return peft.PeftModel.from_pretrained(self._base(fresh, mode, base, cls), folder)
+
+    def left_out(self, model: Any) -> dict[str, str]:
+        return {}
+
+
+def _bits(mode: str) -> str | None:
+    return next((word for word in ("4bit", "8bit") if mode.endswith(word)), None)
+
+
+class Cell:
+    """One architecture in one mode; `run` returns a row."""
+
+    def __init__(self, recipe: tiny.Recipe, library: str, mode: str, folder: Path):
+        self.recipe, self.mode, self.folder = recipe, mode, folder
+        self.library = LoraKit() if library == "lora_kit" else Peft(recipe.task)
+        self.row: dict[str, Any] = {"status": "error", "stage": "base"}
+        self.failed: list[str] = []
+
+    def check(self, name: str, holds: bool) -> None:
+        if not holds:
+            self.failed.append(name)
+
+    def run(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        try:
+            self._run()
+            self.row |= {"status": "failed" if self.failed else "ok", "failed": self.failed, "stage": ""}
+        except BaseException as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            first = (str(error).strip().splitlines() or [""])[0]
+            self.row["reason"] = f"{type(error).__name__}: {first}"[:300]
+            self.row["where"] = f"{Path(where.filename).name}:{where.lineno} {where.name}"
+            if isinstance(error, Unsupported):
+                self.row["status"] = "unsupported"
+        return {**self.row, "seconds": round(time.perf_counter() - start, 2)}
+
+    def _run(self) -> None:
+        row, mode, batch = self.row, self.mode, self.recipe.batch
+        base = self.recipe.build()
+        kept = {name: value.clone() for name, value in base.state_dict().items()}
+        cls = type(base)
+
+        def fresh() -> Any:
+            model = self.recipe.build()
+            model.load_state_dict(kept)
+            return model
+
+        on_disk = self.folder / "base"
+        if not on_disk.exists() and isinstance(self.library, Peft) and _bits(mode):
+            base.save_pretrained(on_disk)
+        if mode == "lora-checkpointing" and not base.supports_gradient_checkpointing:
+            raise Unsupported("transformers has no gradient checkpointing for this class")
+        row["stage"] = "adapt"
+        model = self.library.adapt(fresh, mode, on_disk, cls)
+        if mode == "full":
+            model.float()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        adapters = [name for name in trained if mode == "full" or "lora_" in name]
+        frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        if mode.startswith("lora"):
+            self._coverage(model, base)
+        row["stage"] = "train"
+        before = self._evaluate(model)
+        reached, called = self._train(model, trained, STEPS, 1e-3 if mode == "full" else 1e-2)
+        after = self._evaluate(model)
+        if not after < before - 1e-6:
+            more, _ = self._train(model, trained, MORE_STEPS, 2e-3 if mode == "full" else 2e-2)
+            reached |= more
+            after = self._evaluate(model)
+        row |= {"loss_before": before, "loss_after": after, "adapter_tensors": len(adapters)}
+        self.check("trains", any(name in reached for name in adapters))
+        self.check("falls", after < before - 1e-6)
+        if mode != "full":
+            silent = [name for name in adapters if name not in reached and _module_of(name) in called]
+            row["without_gradient"] = sorted({_short(name) for name in silent})[:6]
+            self.check("every adapter", not silent)
+        now = dict(model.named_parameters())
+        changed = [name for name, value in frozen.items() if name in now and not torch.equal(value, now[name])]
+        row["changed"] = changed[:4]
+        self.check("frozen", not changed)
+        row["stage"] = "gradients"
+        self._gradients(model, trained)
+        row["stage"] = "save"
+        model.eval()
+        expected = tiny.logits_of(model, batch)
+        saved = self.folder / mode
+        self.library.save(model, saved)
+        row["stage"] = "load"
+        again = self.library.load(fresh, mode, saved, cls, on_disk)
+        again.eval()
+        row["reload_difference"] = float((tiny.logits_of(again, batch) - expected).abs().max())
+        self.check("reloads", row["reload_difference"] <= CLOSE)
+        if mode == "lora":
+            row["stage"] = "merge"
+            merged = model.merge_and_unload().eval()
+            row["merge_difference"] = float((tiny.logits_of(merged, batch) - expected).abs().max())
+            self.check("merges", row["merge_difference"] <= 1e-3)
+
+    def _train(self, model: Any, trained: dict[str, Any], steps: int, rate: float) -> tuple[set[str], set[str]]:
+        """(tensors that got a gradient, LoRA layers that ran)."""
+        from peft.tuners.lora.layer import LoraLayer
+
+        reached: set[str] = set()
+        called: set[str] = set()
+        hooks = [
+            module.register_forward_hook(lambda *_, path=path: called.add(path))
+            for path, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        ]
+        optimizer = torch.optim.AdamW(list(trained.values()), lr=rate)
+        model.train()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            value, _output = tiny.loss(model, self.recipe.batch)
+            if not torch.isfinite(value):
+                raise RuntimeError(f"the loss is {float(value)}")
+            value.backward()
+            for name, parameter in trained.items():
+                if parameter.grad is not None:
+                    largest = float(parameter.grad.abs().max())
+                    if largest != largest:
+                        raise RuntimeError(f"the gradient of {name} is not a number")
+                    if largest > 0:
+                        reached.add(name)
+            optimizer.step()
+        for hook in hooks:
+            hook.remove()
+        return reached, called
+
+    def _evaluate(self, model: Any) -> float:
+        # bitsandbytes' packing at the first evaluation is what "evaluation" checks: plain 4-bit layers would not train
+        model.train(isinstance(self.library, Peft) and _bits(self.mode) == "4bit")
+        torch.manual_seed(0)
+        with torch.no_grad():
+            value = float(tiny.loss(model, self.recipe.batch)[0])
+        model.train()
+        return value
+
+    def _gradients(self, model: Any, trained: dict[str, Any]) -> None:
+        """The same before and after an evaluation, and with and without checkpointing."""
+
+        def gradients() -> dict[str, torch.Tensor]:
+            model.zero_grad(set_to_none=True)
+            model.train()
+            torch.manual_seed(0)
+            tiny.loss(model, self.recipe.batch)[0].backward()
+            return {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+
+        first = gradients()
+        noise = _distance(first, gradients())
+        model.eval()
+        tiny.logits_of(model, self.recipe.batch)
+        self.row["evaluation_difference"] = _distance(first, gradients())
+        self.check("evaluation", self.row["evaluation_difference"] <= 10 * noise + 1e-6)
+        if self.mode != "lora-checkpointing":
+            return
+        self.row["stage"] = "checkpointing"
+        _checkpoint(model, True)
+        active = sum(bool(getattr(m, "gradient_checkpointing", False)) for m in model.modules())
+        if not active:
+            raise Unsupported("no module of this model has checkpointing")
+        self.row["checkpointing_difference"] = _distance(first, gradients())
+        self.check("checkpointing", self.row["checkpointing_difference"] <= 10 * noise + 1e-3)
+        _checkpoint(model, False)
+
+    def _coverage(self, model: Any, base: Any) -> None:
+        """Counted here once more, from the modules: what is adapted, and what is left out without a word."""
+        from torch import nn
+
+        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        tied = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        known = self.library.left_out(model)
+        adapted = total = quantized = 0
+        silent: Counter[str] = Counter()
+        inner = model.get_base_model()
+        for path, module in inner.named_modules():
+            if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd) or "modules_to_save" in path:
+                continue
+            if "original_module" in path or "lora_" in path or (head is not None and type(module) is type(None)):
+                continue
+            clean = path.replace(".base_layer", "")
+            for name, weight in module._parameters.items():
+                if weight is None or id(weight) in tied or _is_head(inner, base, head, clean):
+                    continue
+                size = _entries(module, name, weight)
+                if size is None or name.endswith(("bias", "A_log")) or "embed" in name:
+                    continue
+                total += size
+                quantized += size * (not weight.is_floating_point() or hasattr(weight, "quant_state"))
+                if _carries(inner, path, name):
+                    adapted += size
+                elif f"{clean}.{name}" not in known:
+                    silent[_short(f"{clean}.{name}")] += size
+        self.row["share"] = round(adapted / total, 4) if total else None
+        self.row["quantized_share"] = round(quantized / total, 4) if total else None
+        self.row["left_out"] = dict(Counter(known.values()))
+        self.row["without_reason"] = dict(silent.most_common(6))
+        self.check("coverage", total > 0 and (adapted >= 0.95 * total or not silent))
+
+
+def _is_head(inner: Any, base: Any, head: Any, path: str) -> bool:
+    """The output head, by its place in the untouched model."""
+    try:
+        return head is not None and base.get_submodule(path) is head
+    except AttributeError:
+        return False
+
+
+def _entries(module: Any, name: str, weight: Any) -> int | None:
+    """Entries of a matrix or a stack, behind its packing; None for vectors."""
+    packed = module.__dict__.get("lora_kit_packed", {}).get(name)
+    if packed is not None:
+        return torch.Size(packed.shape).numel()
+    state = getattr(weight, "quant_state", None)
+    shape = state.shape if state is not None else weight.shape
+    return shape.numel() if len(shape) >= 2 and min(shape[-2:]) > 1 else (shape.numel() if len(shape) == 2 else None)
+
+
+def _carries(inner: Any, path: str, name: str) -> bool:
+    """Whether a LoRA layer sits around this weight."""
+    if not path.endswith("base_layer"):
+        return False
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+        wrapper = inner.get_submodule(path)
+        if getattr(wrapper, "parameter_name", name) == name:
+            return True
+    return False
+
+
+class Unsupported(Exception):
+    """Asked for what transformers does not have."""
+
+
+def _checkpoint(model: Any, on: bool) -> None:
+    word = "enable" if on else "disable"
+    old = getattr(model, f"gradient_checkpointing_{word}")
+    getattr(model, f"activation_checkpointing_{word}", old)()
+
+
+def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of two sets of gradients."""
+    if a.keys() != b.keys():
+        return float("inf")
+    apart = sum(float((a[name] - b[name]).pow(2).sum()) for name in a)
+    size = sum(float(a[name].pow(2).sum()) for name in a)
+    return (apart / max(size, 1e-30)) ** 0.5
+
+
+def _module_of(name: str) -> str:
+    return name[: name.index(".lora_")]
+
+
+def _short(name: str) -> str:
+    return ".".join("N" if piece.isdigit() else piece for piece in name.split("."))
+
+
+def forked(job: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any]:
+    """Run `job` in a process of its own: a hang, a crash or an out-of-memory costs one cell."""
+    with tempfile.NamedTemporaryFile() as result:
+        child = os.fork()
+        if child == 0:
+            try:
+                silent = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(silent, 1)
+                os.dup2(silent, 2)
+                resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+                Path(result.name).write_text(json.dumps(job()))
+            finally:
+                os._exit(0)
+        deadline = time.monotonic() + seconds
+        while os.waitpid(child, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                return {"status": "error", "reason": f"not finished after {seconds} s"}
+            time.sleep(0.01)
+        text = Path(result.name).read_text()
+        return json.loads(text) if text else {"status": "error", "reason": "the process died"}
+
+
+def sweep(library: str, tasks: list[str], modes: list[str], only: list[str], rows: Path, share: tuple[int, int]) -> None:
+    """Run every cell that has no row yet; `share` is (this worker, workers)."""
+    import bitsandbytes  # noqa: F401 (imported once, before the cells fork)
+    import peft  # noqa: F401
+    from lora_kit import adapt, load, save  # noqa: F401
+
+    done = {(r["library"], r["task"], r["architecture"], r["mode"]) for r in read(rows)}
+    everything = [(task, arch) for task in tasks for arch in tiny.architectures(task) if not only or arch in only]
+    for task, architecture in everything[share[0] :: share[1]]:
+        key = {"library": library, "task": task, "architecture": architecture}
+        todo = [mode for mode in modes if (library, task, architecture, mode) not in done]
+        if not todo:
+            continue
+        try:
+            recipe = tiny.recipe(architecture, task)
+        except tiny.CannotBuild as error:
+            for mode in todo:
+                write(rows, {**key, "mode": mode, "status": "not built", "reason": str(error)})
+            continue
+        folder = Path(tempfile.mkdtemp())
+        for mode in todo:
+            result = forked(Cell(recipe, library, mode, folder).run, 90)
+            write(rows, {**key, "mode": mode, **result})
+            print(f"{library} {task} {architecture} {mode}: {result['status']} {result.get('reason', '')[:100]}", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read(rows: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+
+
+def write(rows: Path, row: dict[str, Any]) -> None:
+    with rows.open("a") as file:  # one short write a row: workers may share the file
+        file.write(json.dumps(row) + "\n")
+
+
+def passed(row: dict[str, Any], checks: tuple[str, ...] | None = None) -> bool:
+    if row["status"] == "failed" and checks is not None:
+        return not set(row["failed"]) & set(checks)
+    return row["status"] == "ok"
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The tables, and every miss with its cause."""
+    lines = []
+    for title, tasks in (("", FIRST_TASKS), ("Other tasks", OTHER_TASKS)):
+        mine = [r for r in rows if r["task"] in tasks]
+        if not mine:
+            continue
+        built = len({(r["task"], r["architecture"]) for r in mine if r["status"] != "not built"})
+        of = len({(r["task"], r["architecture"]) for r in mine})
+        names = ", ".join(f"{t} {len({r['architecture'] for r in mine if r['task'] == t and r['status'] != 'not built'})}" for t in tasks)
+        lines += [f"{title + ': ' if title else ''}{built} of {of} architectures could be built ({names}).", ""]
+        lines += ["| | " + " | ".join(MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
+        for library, label, checks in (
+            ("lora_kit", "lora_kit, all checks", None),
+            ("peft", "PEFT `all-linear`, all checks", None),
+            ("peft", "PEFT `all-linear`, without the last three and “every adapter”", LENIENT),
+        ):
+            counts = []
+            for mode in MODES:
+                cells = [r for r in mine if r["library"] == library and r["mode"] == mode and r["status"] != "not built"]
+                none = sum(r["status"] == "unsupported" for r in cells)
+                good = sum(passed(r, checks) for r in cells)
+                counts.append(f"{good} of {len(cells) - none}" if cells else "–")
+            lines.append(f"| {label} | " + " | ".join(counts) + " |")
+        lines.append("")
+    misses = [r for r in rows if r["library"] == "lora_kit" and r["status"] in ("error", "failed")]
+    lines += ["## Misses of lora_kit", "", "| task | architecture | mode | cause |", "|---|---|---|---|"]
+    for r in misses:
+        cause = ", ".join(r.get("failed") or []) or f"{r.get('stage')}: {r.get('reason')}"
+        lines.append(f"| {r['task']} | {r['architecture']} | {r['mode']} | {cause.replace('|', '/')} |")
+    lines += ["", "## Not built", ""]
+    for task, arch, reason in sorted({(r["task"], r["architecture"], r["reason"]) for r in rows if r["status"] == "not built"}):
+        lines.append(f"* {task}, {arch}: {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def provenance() -> dict[str, Any]:
+    from lora_kit.storage.manifest import versions
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {**versions(), "commit": commit.stdout.strip()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", default="lora_kit", choices=("lora_kit", "peft"))
+    parser.add_argument("--tasks", default=",".join((*FIRST_TASKS, *OTHER_TASKS)))
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--archs", default="", help="comma-separated model types; default: all")
+    parser.add_argument("--output", default=str(ROOT / "benchmarks/results/coverage"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--report", action="store_true", help="only write the tables")
+    options = parser.parse_args()
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "rows.jsonl"
+    if options.worker:
+        torch.set_num_threads(1)
+        share = tuple(int(x) for x in options.worker.split("/"))
+        only = [a for a in options.archs.split(",") if a]
+        sweep(options.library, options.tasks.split(","), options.modes.split(","), only, rows, (share[0], share[1]))
+        return
+    if not options.report:
+        workers = [
+            subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--worker", f"{i}/{options.jobs}"])
+            for i in range(options.jobs)
+        ]
+        for worker in workers:
+            worker.wait()
+        (folder / "provenance.json").write_text(json.dumps(provenance(), indent=2) + "\n")
+    found = sorted(read(rows), key=lambda r: (r["library"], r["task"], r["architecture"], r["mode"]))
+    (folder / "report.md").write_text(report(found))
+    fields = ["library", "task", "architecture", "mode", "status", "stage", "failed", "reason", "share", "quantized_share"]
+    fields += ["left_out", "without_gradient", "reload_difference", "merge_difference", "seconds"]
+    with (folder / "cells.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, fields, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(found)
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""One small forward and backward pass that shows which modules' outputs reach the model's output.
+
+What a model carries and what it uses differ: decoders keep the cross-attention of the encoder-decoder they came from,
+sparse attention chooses tokens by maps that get no gradient. An adapter there would train nothing.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lora_kit.types import Model
+
+if TYPE_CHECKING:
+    import torch
+
+
+def used(model: Model, candidates: dict[str, Model]) -> set[str] | None:
+    """The candidates (path → module) whose output has a part in the model's output; None if no forward could be run.
+
+    The model runs once in evaluation mode on a few random tokens, and is left as it was.
+    """
+    import torch
+
+    if not candidates or not hasattr(model, "config") or any(p.is_meta for p in model.parameters()):
+        return None
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad():
+        torch.manual_seed(0)
+        for inputs in _inputs(model):
+            marks: dict[str, list[torch.Tensor]] = {path: [] for path in candidates}
+            called: set[str] = set()
+            hooks = [module.register_forward_hook(_marker(marks[path])) for path, module in candidates.items()]
+            hooks += [m.register_forward_hook(_noter(called, path)) for path, m in model.named_modules() if path]
+            try:
+                output = model(**inputs)
+                reached = _reached(output, marks)
+            except Exception:  # whatever a model raises that does not like these inputs
+                continue
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            if reached is not None:
+                return reached | _idle_siblings(model, set(candidates), reached, called)
+    return None
+
+
+def _reached(output: Any, marks: "dict[str, list[torch.Tensor]]") -> set[str] | None:
+    """The paths whose marks the output depends on."""
+    import torch
+
+    found = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
+    tensors = {key: value for key, value in found if torch.is_tensor(value) and value.grad_fn is not None}
+    logits = [value for key, value in tensors.items() if "logits" in str(key)] or list(tensors.values())
+    flat = [(path, mark) for path, found in marks.items() for mark in found]
+    if not logits or not flat:
+        return None
+    total = sum(value.float().sum() for value in logits)
+    gradients = torch.autograd.grad(total, [mark for _, mark in flat], allow_unused=True)
+    return {path for (path, _), gradient in zip(flat, gradients, strict=True) if gradient is not None}
+
+
+def _marker(marks: "list[torch.Tensor]") -> Any:
+    """A hook that adds a zero to the output, through which a gradient can be seen."""
+    import torch
+
+    def add(module: Any, inputs: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        if not torch.is_tensor(first) or not first.is_floating_point():
+            return None
+        zero = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
+        marks.append(zero)
+        return (first + zero, *output[1:]) if isinstance(output, tuple) else first + zero
+
+    return add
+
+
+def _noter(called: set[str], path: str) -> Any:
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        called.add(path)
+
+    return note
+
+
+def _idle_siblings(model: Model, candidates: set[str], reached: set[str], called: set[str]) -> set[str]:
+    """Members of a list of experts that no token was sent to: they are used if one of the list is."""
+    from torch import nn
+
+    idle = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue
+        members = [f"{path}.{name}" for name, _ in module.named_children()]
+        running = [member for member in members if member in called]
+        if not running or len(running) == len(members):
+            continue
+        for member in set(members) - set(running):
+            for candidate in candidates:
+                if candidate == member or candidate.startswith(f"{member}."):
+                    rest = candidate.removeprefix(member)
+                    if any(f"{other}{rest}" in reached for other in running):
+                        idle.add(candidate)
+    return idle
+
+
+@contextmanager
+def _as_it_was(model: Model) -> Iterator[None]:
+    """Evaluation mode and frozen parameters inside; modes and `requires_grad` as before outside."""
+    modes = {module: module.training for module in model.modules()}
+    grads = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # bitsandbytes moves the constants of 8-bit weights from the parameter to the layer at the first forward
+    constants = {
+        module: (module.weight.CB, module.weight.SCB)
+        for module in modes
+        if type(getattr(module, "weight", None)).__name__ == "Int8Params" and module.weight.SCB is not None
+    }
+    for parameter in grads:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in grads.items():
+            if flag:
+                parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode
+        for module, (codes, scales) in constants.items():
+            module.weight.CB, module.weight.SCB = codes, scales
+            module.state.CB = module.state.SCB = None
+
+
+def _inputs(model: Model) -> "Iterator[dict[str, torch.Tensor]]":
+    """Inputs that a model of text may take, the most ordinary first; then with an image or sound beside them."""
+    import torch
+
+    config = model.config
+    takes = inspect.signature(model.forward).parameters
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    device = next(model.parameters()).device
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    vocabulary = getattr(text, "vocab_size", None) or 100
+    special = {v for k, v in vars(config).items() if k.endswith(("_id", "_index")) and isinstance(v, int)}
+    special |= {v for k, v in vars(text).items() if k.endswith(("_id", "_index")) and isinstance(v, int)}
+    plain = [i for i in range(vocabulary if isinstance(vocabulary, int) else 100) if i not in special] or [0]
+    sound = getattr(config, "num_mel_bins", None) or getattr(text, "num_mel_bins", None) or 80
+    for length in (8, 16, 64):
+        ids = torch.tensor(plain, device=device)[torch.randint(len(plain), (2, length), device=device)]
+        end = getattr(text, "eos_token_id", None)
+        if isinstance(end, int) and end < vocabulary:
+            ids[:, -1] = end  # some classifiers read the state of the last one
+        basic: dict[str, torch.Tensor] = {}
+        if "input_ids" in takes:
+            basic = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "decoder_input_ids" in takes and not _classifies(model):
+            basic["decoder_input_ids"] = ids
+        if "bbox" in takes:
+            basic["bbox"] = torch.zeros(2, length, 4, dtype=torch.long, device=device)
+        image = _image_size(config)
+        more: list[dict[str, torch.Tensor]] = [{}]
+        if "pixel_values" in takes:
+            more.append({"pixel_values": torch.randn(2, 3, image, image, device=device, dtype=dtype)})
+        if "input_features" in takes:
+            frames = 2 * getattr(config, "max_source_positions", 32)
+            more.append({"input_features": torch.randn(2, sound, frames, device=device, dtype=dtype)})
+            more.append({"input_features": torch.randn(2, 64, sound, device=device, dtype=dtype)})
+        if "input_values" in takes:
+            more.append({"input_values": torch.randn(2, 4000, device=device, dtype=dtype)})
+        for extra in more:
+            yield {k: v for k, v in {**basic, **extra}.items() if k in takes or "kwargs" in takes}
+
+
+def _classifies(model: Model) -> bool:
+    return "Classification" in type(model).__name__ or "QuestionAnswering" in type(model).__name__
+
+
+def _image_size(config: Any) -> int:
+    inner = getattr(config, "vision_config", None) or config
+    for key in ("image_size", "img_size", "input_size"):
+        size = getattr(inner, key, None)
+        if size:
+            return size if isinstance(size, int) else size[0]
+    return 32

@@ -1,0 +1,192 @@
+"""Stacks of matrices, as mixture-of-experts models hold them: packed into 8 or 4 bit, and with an adapter.
+
+A stack is one parameter of shape (experts, ·, ·), so neither bitsandbytes nor PEFT can replace a module for it. Packed,
+the parameter holds bytes, and the dense stack stands in its place while the module that owns it runs. Adapted, PEFT's
+`ParamWrapper` holds `A` and `B`, and `W + (alpha / rank) · B A` stands in its place. Both ways only the instance's own
+attribute is covered for the time of one forward: no parametrization, no class is changed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from lora_kit.types import Model
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+_PACKED = "lora_kit_packed"
+
+
+class Packed:
+    """How to get a dense stack back from its bytes."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, bits: int):
+        self.shape = shape
+        self.dtype = dtype
+        self.bits = bits
+
+
+def is_packed(module: Model, name: str) -> bool:
+    return name in module.__dict__.get(_PACKED, {})
+
+
+def shape_of(module: Model, name: str) -> tuple[int, ...] | None:
+    """The shape of a packed stack, or None for a plain parameter."""
+    packed = module.__dict__.get(_PACKED, {}).get(name)
+    return packed.shape if packed is not None else None
+
+
+def pack_(module: Model, name: str, config: "BitsAndBytesConfig") -> None:
+    """Replace a stack by its 8- or 4-bit bytes, in place.
+
+    4 bit is bitsandbytes' NF4 (or FP4) over the whole stack, 8 bit is one scale per row of each matrix, absmax / 127.
+    The matrix products run in the dtype that the stack had.
+    """
+    weight = module._parameters[name].data
+    packed, scale = packed_form(weight, config)
+    module._parameters[name] = packed
+    if scale is not None:
+        module.register_buffer(f"{name}_scale", scale, persistent=False)
+    register(module, name, Packed(tuple(weight.shape), weight.dtype, 4 if config.load_in_4bit else 8))
+
+
+def packed_form(weight: torch.Tensor, config: "BitsAndBytesConfig") -> tuple[nn.Parameter, torch.Tensor | None]:
+    """(the parameter that holds the bytes, the scales of 8-bit rows)."""
+    import bitsandbytes as bnb
+
+    if config.load_in_4bit:
+        made = bnb.nn.Params4bit(
+            weight,
+            requires_grad=False,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            quant_storage=config.bnb_4bit_quant_storage,
+        )
+        return made.to(weight.device), None
+    # in place of a float32 copy of the whole stack, one matrix at a time
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(*weight.shape[:2], 1, dtype=torch.float32, device=weight.device)
+    for matrix, code, step in zip(weight, codes, scale, strict=True):
+        exact = matrix.float()
+        step.copy_(exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127)
+        code.copy_((exact / step).round_())
+    return nn.Parameter(codes, requires_grad=False), scale
+
+
+def register(module: Model, name: str, packed: Packed) -> None:
+    """Note that a parameter is packed, and have the dense stack stand in its place while the module runs."""
+    if _PACKED not in module.__dict__:
+        module.__dict__[_PACKED] = {}
+        module.register_forward_pre_hook(_unpack_before)
+        module.register_forward_hook(_drop_after, always_call=True)
+    module.__dict__[_PACKED][name] = packed
+
+
+def dense(module: Model, name: str) -> torch.Tensor:
+    """The stack as a plain tensor, unpacked if need be; it carries no gradient."""
+    weight = module._parameters[name]
+    packed = module.__dict__.get(_PACKED, {}).get(name)
+    if packed is None:
+        return weight
+    with torch.no_grad():
+        if packed.bits == 4:
+            import bitsandbytes as bnb
+
+            return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).view(packed.shape)
+        return (weight.data * module._buffers[f"{name}_scale"]).to(packed.dtype)
+
+
+def _unpack_before(module: nn.Module, inputs: tuple) -> None:
+    for name in module.__dict__[_PACKED]:
+        # an adapter may have put its sum there already
+        if name not in module.__dict__:
+            module.__dict__[name] = dense(module, name)
+
+
+def _drop_after(module: nn.Module, inputs: tuple, output: Any) -> None:
+    for name in module.__dict__[_PACKED]:
+        module.__dict__.pop(name, None)
+
+
+@contextmanager
+def shown(model: Model) -> Iterator[None]:
+    """Let packed stacks look like dense ones, by shape and dtype, while PEFT measures them."""
+    covered = []
+    for module in model.modules():
+        for name, packed in module.__dict__.get(_PACKED, {}).items():
+            device = module._parameters[name].device
+            # one element seen as many: takes no memory
+            module.__dict__[name] = torch.empty(1, dtype=packed.dtype, device=device).expand(packed.shape)
+            covered.append((module, name))
+    try:
+        yield
+    finally:
+        for module, name in covered:
+            module.__dict__.pop(name, None)
+
+
+class AdaptedParameter(ParamWrapper):
+    """PEFT's adapter of one parameter, without a parametrization: `W + scaling · B A` for the time of the forward.
+
+    Same parameters, same files, same numbers as `ParamWrapper`, but it works on packed stacks (where PEFT 0.21 leaves
+    its parametrization behind) and forms the sum once per forward instead of twice.
+    """
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        names = [name for name in active_adapters or () if name in self.lora_A]
+        layer = self.get_base_layer()
+        if not names:
+            yield
+            return
+        weight = dense(layer, self.parameter_name)
+        for name in names:
+            weight = self._sum(weight, name)
+        layer.__dict__[self.parameter_name] = weight
+        try:
+            yield
+        finally:
+            layer.__dict__.pop(self.parameter_name, None)
+
+    def _sum(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """`W + scaling · B A`, in the dtype of W; (experts, ·, ·) or, for a single matrix, (out, in)."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        rank = self.r[name]
+        with torch.autocast(weight.device.type, enabled=False):
+            if weight.dim() == 2:
+                return torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=self.scaling[name])
+            count = weight.shape[0]
+            a = a.reshape(count, rank, -1)  # (experts, rank, in)
+            b = b.reshape(-1, rank, count).permute(2, 0, 1)  # (experts, out, rank)
+            if weight.shape[1] == b.shape[1] and weight.shape[2] == a.shape[2] and self._out_comes_first():
+                left, right = b, a
+            else:
+                left, right = a.transpose(1, 2), b.transpose(1, 2)
+            return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=self.scaling[name])
+
+    def _out_comes_first(self) -> bool:
+        """Whether PEFT took the stack for (experts, out, in); older versions know (experts, in, out) only."""
+        return bool(getattr(self, "_did_swap_in_out_features", False))
+
+
+def adapt_parameters_(model: Model) -> None:
+    """Turn PEFT's parameter adapters of this model, in place, into ours."""
+    for module in model.modules():
+        if type(module) is ParamWrapper:
+            module.__class__ = AdaptedParameter
+
+
+def merged_with_its_twin(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """Stands for `merge` of a layer whose weight and adapter are another layer's too: that one merges them."""
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    layer.merged_adapters.extend(check_adapters_to_merge(layer, adapter_names))
+
+
+def unmerged_with_its_twin(layer: Any) -> None:
+    layer.merged_adapters.clear()

@@ -1,0 +1,303 @@
+"""What the parts of a model are: linear maps, stacks of matrices, routers, towers, weights that are shared.
+
+A part is known by what it does, not by what it is called: a linear map is a module whose forward is `x Wᵀ + b`; a
+stack is a 3-d parameter that holds one matrix per expert. Both LoRA's targets and quantization are chosen from here.
+"""
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from lora_kit.types import Model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# why a part is left out, in the words of the report
+OUTPUT = "output embeddings"
+HEAD = "heads, trained whole"
+ROUTER = "routers"
+READ = "weight read directly by the module around it"
+FOREIGN = "3-d weights that are no stack of matrices"
+FUSED = "weights held by the attention module itself"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight that takes part in matrix products."""
+
+    path: str
+    """Path of the module that holds it."""
+    module: Model
+    parameter: str
+    """Name of the weight within the module."""
+    kind: str
+    """`"linear"`: a module whose forward is `x Wᵀ + b`. `"own"`: a linear module with a forward of its own. `"stack"`:
+    (experts, ·, ·) matrices. `"other"`: what is only counted."""
+    rows: int
+    columns: int
+    count: int = 1
+    """Number of matrices."""
+    tower: str = "language"
+    reason: str | None = None
+    """Why it is left out, whatever is asked for."""
+
+    @property
+    def entries(self) -> int:
+        return self.rows * self.columns * self.count
+
+    @property
+    def weight(self) -> "nn.Parameter":
+        return getattr(self.module, self.parameter)
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.path}.{self.parameter}"
+
+
+def survey(model: Model, heads: Iterable[str] = ()) -> list[Part]:
+    """Every weight of the model that takes part in matrix products, in the model's order (weights may be on `meta`)."""
+    heads = list(heads)
+    output = _output_weights(model)
+    towers = Towers(model)
+    experts = _expert_counts(model)
+    parts = []
+    for path, module in model.named_modules():
+        found = list(_weights_of(path, module))
+        if not found:
+            continue
+        parent = model.get_submodule(path.rpartition(".")[0]) if path else None
+        for part in found:
+            reason = part.reason
+            if id(part.weight) in output:
+                reason = OUTPUT
+            elif within(path, heads):
+                reason = HEAD
+            elif part.kind in ("linear", "own") and _is_router(path, module, parent, experts):
+                reason = ROUTER
+            elif part.kind in ("linear", "own") and reads_weight(parent, path.rpartition(".")[2]):
+                reason = READ
+            parts.append(Part(**{**vars(part), "tower": towers.of(path), "reason": reason}))
+    return parts
+
+
+def _weights_of(path: str, module: Model) -> Iterator[Part]:
+    """The matrices that this module itself holds."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear | Conv1D):
+        rows, columns = shape(module)
+        kind = "own" if _runs_its_own_forward(module) else "linear"
+        yield Part(path, module, "weight", kind, rows, columns)
+        return
+    if isinstance(module, nn.Embedding) or type(module).__module__.startswith("torch.nn.modules.conv"):
+        return
+    for name, weight in module._parameters.items():
+        if weight is None or name.endswith(("bias", "A_log")) or "embed" in name:
+            continue
+        size = stack_shape(module, name) or tuple(weight.shape)
+        if len(size) == 3 and _is_stack(module, name, size):
+            yield Part(path, module, name, "stack", size[1], size[2], size[0])
+        elif len(size) == 2 and is_router_class(type(module)):
+            yield Part(path, module, name, "other", *size, reason=ROUTER)
+        elif isinstance(module, nn.MultiheadAttention) and len(size) == 2:
+            yield Part(path, module, name, "other", *size, reason=FUSED)
+        elif len(size) == 3 and min(size) > 2 and weight.is_floating_point():
+            yield Part(path, module, name, "other", size[1], size[2], size[0], reason=FOREIGN)
+
+
+def _is_stack(module: Model, name: str, size: tuple[int, ...]) -> bool:
+    """Whether a 3-d parameter holds one matrix per expert (or per block of a block-diagonal map)."""
+    from torch import nn
+
+    from lora_kit import stacks
+
+    if stacks.is_packed(module, name):
+        return True
+    weight = module._parameters[name]
+    if not weight.is_floating_point() or min(size[1:]) < 2 or type(module).forward is nn.Module.forward:
+        return False
+    return "expert" in type(module).__name__.lower() or (size[1] == size[2] and "weight" in name)
+
+
+def stack_shape(module: Model, name: str) -> tuple[int, ...] | None:
+    """The (experts, ·, ·) shape behind a packed parameter, or None for a plain one."""
+    from lora_kit import stacks
+
+    return stacks.shape_of(module, name)
+
+
+def shape(module: Model) -> tuple[int, int]:
+    """(out features, in features) of a linear layer, whatever layout the weight is stored in."""
+    if type(module).__name__ == "Conv1D":
+        rows, columns = module.weight.shape
+        return columns, rows
+    return module.out_features, module.in_features
+
+
+def within(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def output_embeddings(model: Model) -> Model:
+    """The output head of a language model."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def _output_weights(model: Model) -> set[int]:
+    """Ids of the weights of the output head, and of every embedding (a linear layer may be tied to one)."""
+    from torch import nn
+
+    found = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    output = output_embeddings(model)
+    if output is not None and hasattr(output, "weight"):
+        found.add(id(output.weight))
+    # a model of models (speech, vision) may hold language models with heads of their own
+    for module in model.modules():
+        inner = output_embeddings(module) if module is not model else None
+        if inner is not None and hasattr(inner, "weight"):
+            found.add(id(inner.weight))
+    return found
+
+
+def is_router_class(cls: type) -> bool:
+    return bool(re.search(r"Router|Gating|TopK.*Gate|MoE?Gate$", cls.__name__))
+
+
+def _expert_counts(model: Model) -> dict[str, set[int]]:
+    """Path of a module → numbers of experts that hang directly below it."""
+    from torch import nn
+
+    counts: dict[str, set[int]] = {}
+    for path, module in model.named_modules():
+        above = path.rpartition(".")[0]
+        if "expert" not in type(module).__name__.lower() and "expert" not in path.rpartition(".")[2]:
+            continue
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1:
+            counts.setdefault(above, set()).add(len(module))
+        for name, weight in module._parameters.items():
+            size = stack_shape(module, name) or (tuple(weight.shape) if weight is not None else ())
+            if len(size) == 3 and size[0] > 1:
+                counts.setdefault(above, set()).add(size[0])
+    return counts
+
+
+def _is_router(path: str, module: Model, parent: Model, experts: dict[str, set[int]]) -> bool:
+    """A linear map with one output per expert, beside the experts; or one that calls itself a router."""
+    if is_router_class(type(module)) or (parent is not None and is_router_class(type(parent))):
+        return True
+    rows, _ = shape(module)
+    above = path.rpartition(".")[0]
+    return any(rows in experts.get(place, ()) for place in (above, above.rpartition(".")[0]))
+
+
+def _runs_its_own_forward(module: Model) -> bool:
+    """Whether this is a linear subclass that computes something else (in groups, or a router that returns a tuple)."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    known = type(module) in (nn.Linear, Conv1D) or any(
+        cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__
+    )
+    return not known and type(module).forward is not nn.Linear.forward and not _is_a_plain_product(module)
+
+
+def _is_a_plain_product(module: Model) -> bool:
+    """Run the module once on a small input and compare with `x Wᵀ + b`; on `meta` only shapes can be compared."""
+    import torch
+    from torch.nn import functional
+
+    x = torch.ones(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            y = module(x)
+            expected = functional.linear(x, module.weight, module.bias)
+    except Exception:
+        return False
+    if not torch.is_tensor(y) or y.shape != expected.shape:
+        return False
+    return y.is_meta or bool(torch.allclose(y, expected, rtol=1e-2, atol=1e-3))
+
+
+@lru_cache(maxsize=1024)
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+def reads_weight(parent: Model, child: str, *, attributes: bool = False) -> bool:
+    """Whether the code of `parent` uses the weight of its child itself, instead of calling the child.
+
+    Mamba's fused kernels and `nn.MultiheadAttention` do: an adapter around the child would never be run, and a
+    quantized weight would be read as the bytes it is packed in. `attributes` asks for reads of `.weight.data` and the
+    like too, which an adapter survives and a packed weight does not. Slices are tensor parallelism by hand
+    (`pretraining_tp`), which adapters and quantized layers leave switched off.
+    """
+    if parent is None or not child.isidentifier():
+        return False
+    after = r"(?!\s*\[)(?!\.(dtype|device|shape|size|is_meta)\b)" if attributes else r"(?!\s*[\[.\w])"
+    return bool(re.search(rf"\bself\.{child}\.weight\b{after}", _source(type(parent))))
+
+
+class Towers:
+    """Which of a model's modules belong to the language model, and which read images or sound.
+
+    A model has towers only where its config holds a `text_config` beside others.
+    """
+
+    def __init__(self, model: Model):
+        self._roots: list[tuple[str, str]] = []
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.several = text is not config and bool(getattr(config, "text_config", None))
+        if not self.several:
+            return
+        for path, module in model.named_modules():
+            if path and hasattr(module, "config"):
+                kind = _modality(module, text)
+                if kind:
+                    self._roots.append((path, kind))
+        if not any(kind == "language" for _, kind in self._roots):
+            self._roots.append(("", "language"))
+        self._roots.sort(key=lambda root: -len(root[0]))
+        others = sorted({kind for _, kind in self._roots if kind != "language"})
+        # what joins the towers goes with the one that it serves
+        self._rest = others[0] if others else "language"
+
+    def of(self, path: str) -> str:
+        if not self.several:
+            return "language"
+        return next((kind for root, kind in self._roots if not root or within(path, [root])), self._rest)
+
+
+def _modality(module: Model, text: object) -> str | None:
+    """`"language"`, `"vision"` or `"audio"` for the root of a tower, None for anything else."""
+    if module.config is text or type(module.config) is type(text):
+        return "language"
+    name = str(getattr(module, "main_input_name", "")) if hasattr(module, "base_model_prefix") else ""
+    words = f"{name} {type(module.config).__name__} {type(module).__name__}".lower()
+    if re.search(r"pixel|vision|visual|image|vit\b", words):
+        return "vision"
+    if re.search(r"audio|speech|input_features|input_values|sound", words):
+        return "audio"
+    return None
+
+
+def shared_weights(parts: Iterable[Part]) -> dict[str, list[str]]:
+    """First path → the other paths that hold the very same weight."""
+    first: dict[int, str] = {}
+    groups: dict[str, list[str]] = {}
+    for part in parts:
+        key = id(part.weight)
+        if key in first:
+            groups.setdefault(first[key], []).append(part.path)
+        else:
+            first[key] = part.path
+    return groups
