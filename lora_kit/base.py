@@ -185,15 +185,28 @@ def _examine_path(
         # num_labels, id2label and the like belong to the config, and decide the shape of the head
         if hasattr(config, key) or key in ("num_labels", "id2label", "label2id"):
             setattr(config, key, model_kwargs.pop(key))
-    auto = getattr(transformers, TASKS[task][0])
     extra = {k: v for k, v in model_kwargs.items() if k == "trust_remote_code"}
     try:
         with torch.device("meta"):
-            skeleton = auto.from_config(config, **extra)
+            chosen = _class_for(config, task)
+            build = getattr(chosen, "from_config", None) or chosen._from_config
+            skeleton = build(config, **extra)
     except ValueError as error:
         raise OptionError(f"{path} cannot be built for task={task!r}: {str(error).splitlines()[0][:300]}") from None
     quantization.mark(skeleton, getattr(config, "quantization_config", None))
     return Source(skeleton, task, path, config, dtype, device, model_kwargs)
+
+
+def _class_for(config: Any, task: str) -> Any:
+    """transformers' auto class for the task, or the class that the checkpoint names where the auto class does not know
+    its config (Emu3's text model)."""
+    import transformers
+
+    auto = getattr(transformers, TASKS[task][0])
+    if type(config) in auto._model_mapping or getattr(config, "auto_map", None):
+        return auto
+    named = [name for name in config.architectures or [] if hasattr(transformers, name)]
+    return getattr(transformers, named[0]) if named else auto
 
 
 def load(source: Source, config: "BitsAndBytesConfig | None", heads: list[str]) -> "tuple[Model, list[str]]":
@@ -210,10 +223,11 @@ def load(source: Source, config: "BitsAndBytesConfig | None", heads: list[str]) 
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kwargs: dict[str, Any] = dict(source.model_kwargs)
     if config is not None:
-        kwargs["quantization_config"] = quantization.for_loading(config, source.skeleton, heads)
+        from lora_kit import loading
+
+        kwargs["quantization_config"] = loading.config_for(config, source.skeleton, heads)
         kwargs["device_map"] = {"": device}
-    auto = getattr(transformers, TASKS[source.task or ""][0])
-    model, info = auto.from_pretrained(
+    model, info = _class_for(source.config, source.task or "").from_pretrained(
         source.path,
         config=source.config,
         dtype=source.dtype,
@@ -224,7 +238,7 @@ def load(source: Source, config: "BitsAndBytesConfig | None", heads: list[str]) 
     if config is None:
         model.to(device)
     if config is not None:
-        # what transformers' loader does not know: subclasses of nn.Linear, shared weights, stacks of experts
+        # weights that layers share, which were tied after loading; and the marks of a quantized model
         quantization.quantize_(model, config, heads)
     quantization.settle(model)
     resized = {name: (found, wanted) for name, found, wanted in info["mismatched_keys"]}
@@ -262,7 +276,9 @@ def heads_of(model: Model, missing: list[str] | None = None) -> list[str]:
     for path in missing or []:
         if path and not within(path, heads):
             heads.append(path)
-    return heads
+    # PEFT finds what is trained whole by the end of its path: a namesake deep inside comes along
+    namesakes = [path for path, _ in model.named_modules() if path.endswith(tuple(heads)) and not within(path, heads)]
+    return heads + [path for path in namesakes if not within(path, [p for p in namesakes if p != path])]
 
 
 def tokenizer_of(model: "nn.Module | str") -> Any:

@@ -25,7 +25,7 @@ def used(model: Model, candidates: dict[str, Model]) -> set[str] | None:
     if not candidates or not hasattr(model, "config") or any(p.is_meta for p in model.parameters()):
         return None
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad():
+    with _unchanged(model), _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(0)
         for inputs in _inputs(model):
             marks: dict[str, list[torch.Tensor]] = {path: [] for path in candidates}
@@ -43,6 +43,33 @@ def used(model: Model, candidates: dict[str, Model]) -> set[str] | None:
             if reached is not None:
                 return reached | _idle_siblings(model, set(candidates), reached, called)
     return None
+
+
+def stops_gradients(model: Model) -> bool:
+    """Whether a training forward gives an output without a gradient although parameters want one.
+
+    Layers that run inside an autograd function of the model's own (Reformer's reversible layers) only get gradients
+    if the function's input has one. Only such models are tried.
+    """
+    import sys
+
+    import torch
+
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    source = inspect.getsource(sys.modules[type(inner).__module__]) if hasattr(inner, "config") else ""
+    if "autograd.Function" not in source and "(Function)" not in source:
+        return False
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    heads = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
+    with _unchanged(model), _frozen(heads), torch.random.fork_rng(devices), torch.enable_grad():
+        model.train()
+        for inputs in _inputs(inner):
+            try:
+                output = model(**inputs)
+            except Exception:  # as above
+                continue
+            return not any(torch.is_tensor(v) and v.requires_grad for v in output.values())
+    return False
 
 
 def _reached(output: Any, marks: "dict[str, list[torch.Tensor]]") -> set[str] | None:
@@ -104,33 +131,53 @@ def _idle_siblings(model: Model, candidates: set[str], reached: set[str], called
 
 
 @contextmanager
+def _unchanged(model: Model) -> Iterator[None]:
+    """Modes, and whatever modules keep on themselves from one call to the next, are put back afterwards."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            now = vars(module)
+            for name in set(now) - set(attributes):
+                del now[name]
+            now.update(attributes)
+
+
+@contextmanager
+def _frozen(parameters: "list[torch.nn.Parameter]") -> Iterator[None]:
+    """These trainable parameters want no gradient inside."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def _as_it_was(model: Model) -> Iterator[None]:
     """Evaluation mode and frozen parameters inside; modes and `requires_grad` as before outside."""
-    modes = {module: module.training for module in model.modules()}
-    grads = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = list(model.modules())
+    grads = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # bitsandbytes moves the constants of 8-bit weights from the parameter to the layer at the first forward
     constants = {
         module: (module.weight.CB, module.weight.SCB)
         for module in modes
         if type(getattr(module, "weight", None)).__name__ == "Int8Params" and module.weight.SCB is not None
     }
-    for parameter in grads:
-        parameter.requires_grad_(False)
     model.eval()
     try:
-        yield
+        with _frozen(grads):
+            yield
     finally:
-        for parameter, flag in grads.items():
-            if flag:
-                parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode
         for module, (codes, scales) in constants.items():
             module.weight.CB, module.weight.SCB = codes, scales
             module.state.CB = module.state.SCB = None
 
 
-def _inputs(model: Model) -> "Iterator[dict[str, torch.Tensor]]":
+def _inputs(model: Model) -> Iterator[dict[str, Any]]:
     """Inputs that a model of text may take, the most ordinary first; then with an image or sound beside them."""
     import torch
 
@@ -149,11 +196,13 @@ def _inputs(model: Model) -> "Iterator[dict[str, torch.Tensor]]":
         end = getattr(text, "eos_token_id", None)
         if isinstance(end, int) and end < vocabulary:
             ids[:, -1] = end  # some classifiers read the state of the last one
-        basic: dict[str, torch.Tensor] = {}
+        basic: dict[str, Any] = {}
         if "input_ids" in takes:
             basic = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "decoder_input_ids" in takes and not _classifies(model):
             basic["decoder_input_ids"] = ids
+        if "use_cache" in takes:
+            basic["use_cache"] = False
         if "bbox" in takes:
             basic["bbox"] = torch.zeros(2, length, 4, dtype=torch.long, device=device)
         image = _image_size(config)

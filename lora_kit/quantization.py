@@ -17,6 +17,7 @@ from lora_kit.structure import Part
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BitsAndBytesConfig
 
 WORDS = ("8bit", "4bit")
@@ -173,19 +174,6 @@ def choose(model: Model, heads: list[str], skip: Iterable[str] = ()) -> Choice:
     )
 
 
-def for_loading(config: "BitsAndBytesConfig", skeleton: Model, heads: list[str]) -> "BitsAndBytesConfig":
-    """The config with exactly the modules named that transformers must leave as they are."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    own = list(config.llm_int8_skip_modules or [])
-    chosen = {p.path for p in choose(skeleton, heads, own).linear}
-    stay = [p for p, m in skeleton.named_modules() if isinstance(m, nn.Linear | Conv1D) and p not in chosen]
-    # transformers reads these as regular expressions or endings; the anchors leave only the module itself
-    config.llm_int8_skip_modules = own + [f"^{re.escape(path)}$" for path in stay]
-    return config
-
-
 def quantize_(model: Model, config: "BitsAndBytesConfig", heads: list[str]) -> Model:
     """Quantize in place, layer by layer, what is not quantized yet: memory never exceeds the model plus one layer.
 
@@ -198,6 +186,7 @@ def quantize_(model: Model, config: "BitsAndBytesConfig", heads: list[str]) -> M
 
     from lora_kit import stacks
 
+    structure.hold_still(model)
     choice = choose(model, heads, config.llm_int8_skip_modules or ())
     shared: dict[int, Model] = {}
     sharing = {id(p.weight) for p in choice.linear if _is_shared(p, choice.linear)}
@@ -241,11 +230,27 @@ def _quantized(module: Model, config: "BitsAndBytesConfig", twin: Model = None) 
     import bitsandbytes as bnb
     import torch
 
+    new = empty_layer(module, config)
+    if twin is None:
+        new.weight = packed_weight(new, module.weight.data, config)
+    elif config.load_in_4bit:
+        new.weight = twin.weight
+    else:
+        held = twin.weight
+        new.weight = bnb.nn.Int8Params(held.data, requires_grad=False, CB=held.CB, SCB=held.SCB)
+    if module.bias is not None:
+        new.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)
+    new.train(module.training)
+    return new
+
+
+def empty_layer(module: Model, config: "BitsAndBytesConfig") -> Model:
+    """bitsandbytes' layer for a linear layer or `Conv1D`, on `meta`."""
+    import bitsandbytes as bnb
+    import torch
+
     out_features, in_features = structure.shape(module)
-    weight = module.weight.data
-    if type(module).__name__ == "Conv1D":
-        weight = weight.T
-    has_bias = module.bias is not None
+    has_bias = getattr(module, "bias", None) is not None
     with torch.device("meta"):
         if config.load_in_4bit:
             new = bnb.nn.Linear4bit(
@@ -265,22 +270,21 @@ def _quantized(module: Model, config: "BitsAndBytesConfig", twin: Model = None) 
                 has_fp16_weights=config.llm_int8_has_fp16_weight,
                 threshold=config.llm_int8_threshold,
             )
-    settings = dict(new.weight.__dict__)
-    if twin is not None and config.load_in_4bit:
-        new.weight = twin.weight
-    elif twin is not None:
-        held = twin.weight
-        new.weight = bnb.nn.Int8Params(held.data, requires_grad=False, CB=held.CB, SCB=held.SCB)
-    elif config.load_in_4bit:
-        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **settings).to(weight.device)
-    else:
-        settings.pop("SCB", None)
-        new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, **settings).to(weight.device)
-    if has_bias:
-        new.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)
     new.source_cls = type(module)
-    new.train(module.training)
-    return new
+    return new.requires_grad_(False)
+
+
+def packed_weight(layer: Model, weight: "torch.Tensor", config: "BitsAndBytesConfig") -> "torch.nn.Parameter":
+    """The quantized parameter of bitsandbytes' empty `layer`, from the plain weight of the layer it stands for."""
+    import bitsandbytes as bnb
+
+    if layer.source_cls.__name__ == "Conv1D":
+        weight = weight.T
+    settings = dict(layer.weight.__dict__)
+    if config.load_in_4bit:
+        return bnb.nn.Params4bit(weight, requires_grad=False, **settings).to(weight.device)
+    settings.pop("SCB", None)
+    return bnb.nn.Int8Params(weight.cpu(), requires_grad=False, **settings).to(weight.device)
 
 
 def settle(model: Model) -> None:

@@ -51,18 +51,24 @@ def share_adapters(model: Model, name: str) -> None:
             other.unmerge = functools.partial(stacks.unmerged_with_its_twin, other)
 
 
-def share_equal_adapters(model: Model, name: str) -> bool:
-    """The same after loading, where the tensors agree; False where they do not, so that a merge cannot be right."""
+def share_equal_adapters(model: Model, name: str) -> None:
+    """The same after loading, where the tensors agree; adapters that differ are left as they are."""
+    if conflict(model, name) is None:
+        share_adapters(model, name)
+
+
+def conflict(model: Model, name: str) -> tuple[str, str] | None:
+    """Two layers on one weight whose adapters differ, so that no merge can be right for both; None if there are none."""
     import torch
 
+    paths = {id(layer): path for path, layer in _layers(model).items()}
     for first, *others in groups(model):
         for other in others:
             for kind in ("lora_A", "lora_B"):
                 a, b = getattr(first, kind), getattr(other, kind)
                 if name in a and not (name in b and torch.equal(a[name].weight, b[name].weight)):
-                    return False
-    share_adapters(model, name)
-    return True
+                    return paths[id(first)], paths[id(other)]
+    return None
 
 
 def remember_start(model: Model, name: str) -> None:

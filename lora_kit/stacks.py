@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from lora_kit.errors import CannotMergeError
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -152,6 +153,14 @@ class AdaptedParameter(ParamWrapper):
             yield
         finally:
             layer.__dict__.pop(self.parameter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if is_packed(self.get_base_layer(), self.parameter_name):
+            raise CannotMergeError(
+                f"{self.parameter_name!r} is quantized, and an update merged into quantized weights can round away. "
+                "Use lora_kit.merge(model, out), which goes to the 16-bit base."
+            )
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def _sum(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         """`W + scaling · B A`, in the dtype of W; (experts, ·, ·) or, for a single matrix, (out, in)."""

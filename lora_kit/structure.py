@@ -21,8 +21,13 @@ OUTPUT = "output embeddings"
 HEAD = "heads, trained whole"
 ROUTER = "routers"
 READ = "weight read directly by the module around it"
+STATE = "blocks whose state the module around them sets"
 FOREIGN = "3-d weights that are no stack of matrices"
-FUSED = "weights held by the attention module itself"
+BARE = "weights that a module holds without a layer around them"
+
+
+# parameters of two dimensions and more that are added or multiplied element by element
+_NO_MATRIX = re.compile(r"bias|embed|pos|A_log|scale|probe|query|norm|time_|token|static")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ def survey(model: Model, heads: Iterable[str] = ()) -> list[Part]:
                 reason = ROUTER
             elif part.kind in ("linear", "own") and reads_weight(parent, path.rpartition(".")[2]):
                 reason = READ
+            elif part.kind == "stack" and _is_reached_into(parent, path.rpartition(".")[2], module):
+                reason = STATE
             parts.append(Part(**{**vars(part), "tower": towers.of(path), "reason": reason}))
     return parts
 
@@ -97,15 +104,15 @@ def _weights_of(path: str, module: Model) -> Iterator[Part]:
     if isinstance(module, nn.Embedding) or type(module).__module__.startswith("torch.nn.modules.conv"):
         return
     for name, weight in module._parameters.items():
-        if weight is None or name.endswith(("bias", "A_log")) or "embed" in name:
+        if weight is None or not weight.dim() > 1 or _NO_MATRIX.search(name):
             continue
         size = stack_shape(module, name) or tuple(weight.shape)
         if len(size) == 3 and _is_stack(module, name, size):
             yield Part(path, module, name, "stack", size[1], size[2], size[0])
         elif len(size) == 2 and is_router_class(type(module)):
             yield Part(path, module, name, "other", *size, reason=ROUTER)
-        elif isinstance(module, nn.MultiheadAttention) and len(size) == 2:
-            yield Part(path, module, name, "other", *size, reason=FUSED)
+        elif len(size) == 2 and min(size) > 1:
+            yield Part(path, module, name, "other", *size, reason=BARE)
         elif len(size) == 3 and min(size) > 2 and weight.is_floating_point():
             yield Part(path, module, name, "other", size[1], size[2], size[0], reason=FOREIGN)
 
@@ -246,17 +253,26 @@ def reads_weight(parent: Model, child: str, *, attributes: bool = False) -> bool
     return bool(re.search(rf"\bself\.{child}\.weight\b{after}", _source(type(parent))))
 
 
+def _is_reached_into(parent: Model, child: str, module: Model) -> bool:
+    """Whether the code of `parent` sets attributes of its child, or reads its parameters: a wrapper would hide them."""
+    if parent is None or not child.isidentifier():
+        return False
+    found = re.findall(rf"\bself\.{child}\.(\w+)(\s*=(?!=))?", _source(type(parent)))
+    return any(assigned or name in module._parameters for name, assigned in found)
+
+
 class Towers:
     """Which of a model's modules belong to the language model, and which read images or sound.
 
-    A model has towers only where its config holds a `text_config` beside others.
+    A model has towers only where its config holds one of its own for text, images or sound.
     """
 
     def __init__(self, model: Model):
         self._roots: list[tuple[str, str]] = []
         config = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.several = text is not config and bool(getattr(config, "text_config", None))
+        senses = [key for key, value in vars(config).items() if hasattr(value, "to_dict")] if config else []
+        self.several = any(re.search(r"text_config|vision|image|audio|speech", key) for key in senses)
         if not self.several:
             return
         for path, module in model.named_modules():
@@ -301,3 +317,19 @@ def shared_weights(parts: Iterable[Part]) -> dict[str, list[str]]:
         else:
             first[key] = part.path
     return groups
+
+
+def hold_still(model: Model) -> None:
+    """Keep RWKV from halving weights in place before each evaluation, on this instance.
+
+    It does so, every `rescale_every` layers, against overflow in float16. The adapters around those weights would not
+    be halved with them, and quantized weights cannot be.
+    """
+    if not getattr(getattr(model, "config", None), "rescale_every", 0):
+        return
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            mode, module.training = module.training, True
+            module._rescale_layers()  # back to the weights of training
+            module.training = mode
+    model.config.rescale_every = 0

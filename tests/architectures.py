@@ -102,7 +102,12 @@ class Recipe:
 
     def build(self, seed: int = 0) -> Any:
         torch.manual_seed(seed)
-        return auto_class(self.task).from_config(copy.deepcopy(self.config), dtype=torch.float32)
+        model = auto_class(self.task).from_config(copy.deepcopy(self.config), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():  # what starts at zero in one place keeps gradients from another
+                    parameter.normal_(0, 0.05)
+        return model
 
 
 class CannotBuild(Exception):
@@ -410,6 +415,7 @@ OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24, "num_layers": 2, "num_hidden_layers": 4},
     "longformer": {"attention_window": [4, 4]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 8},
+    "nemo_speechlm": {"head_config": {"audio_hidden_size": HIDDEN}},
     "qwen4_exp_text": _QWEN_4,
     "qwen4_exp": {"text_config": _QWEN_4},
     "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": KV_HEADS, "layer_types": None},

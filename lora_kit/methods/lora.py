@@ -121,7 +121,6 @@ class LoRA(Method):
         from lora_kit import sharing, targets
         from lora_kit.methods.native import wrap
 
-        self.check(model, heads)
         choice = self._choose(model, heads, try_out=True)
         config = LoraConfig(
             task_type=targets.peft_task(model),
@@ -135,7 +134,7 @@ class LoRA(Method):
             use_rslora=self.rslora,
             use_dora=self.dora,
             init_lora_weights="pissa" if self.pissa else True,
-            trainable_token_indices=list(self.new_tokens) if self.new_tokens else None,
+            trainable_token_indices=self._token_rows(model),
             # Conv1D (GPT-2) holds its matrix transposed
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in choice.modules.values()),
         )
@@ -170,13 +169,38 @@ class LoRA(Method):
             )
 
     def _refuse_unknown_tokens(self, model: Model) -> None:
-        rows = model.get_input_embeddings().weight.shape[0] if self.new_tokens else 0
-        beyond = [i for i in self.new_tokens or () if i >= rows]
+        if self.new_tokens is None:
+            return
+        rows = model.get_input_embeddings().weight.shape[0]
+        beyond = [i for i in self.new_tokens if i >= rows]
         if beyond:
             raise OptionError(
                 f"new_tokens names the id {beyond[0]}, but the model has {rows} embeddings (ids 0 to {rows - 1}). Make "
                 "room first: model.resize_token_embeddings(len(tokenizer))."
             )
+        output = _own_output(model)
+        if output is not None and getattr(output, "bias", None) is not None:
+            raise UnsupportedError(
+                f"new_tokens on {type(model).__name__}: its output head has a bias, which PEFT's token adapter would "
+                "drop. Train the embeddings whole instead: peft.LoraConfig(modules_to_save=[...])."
+            )
+
+    def _token_rows(self, model: Model) -> "dict[str, list[int]] | None":
+        """Path of the embeddings, and of an output head with weights of its own → rows to train."""
+        if self.new_tokens is None:
+            return None
+        trained = [model.get_input_embeddings(), _own_output(model)]
+        return {path: list(self.new_tokens) for path, module in model.named_modules() if module in trained and path}
+
+
+def _own_output(model: Model) -> Model:
+    """The output head of a language model, unless it is tied to the input embeddings."""
+    from lora_kit.structure import output_embeddings
+
+    output = output_embeddings(model)
+    if output is None or output.weight is model.get_input_embeddings().weight:
+        return None
+    return output
 
 
 def _token_ids(given: object) -> tuple[int, ...]:

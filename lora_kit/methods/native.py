@@ -1,6 +1,7 @@
 """Any PEFT config as it is, and the one place where PEFT wraps a model."""
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,8 +98,9 @@ def wrap(model: Model, config: Any, name: str, *, exactly: bool = False) -> Mode
 
     from peft import get_peft_model
 
-    from lora_kit import stacks
+    from lora_kit import probe, stacks, structure
 
+    structure.hold_still(model)
     with warnings.catch_warnings(), stacks.shown(model), as_named(model) if exactly else nullcontext():
         # transformers deprecates an attribute that PEFT still reads on every call; nothing that a user could act on
         warnings.filterwarnings("ignore", category=FutureWarning, module="peft|transformers")
@@ -107,11 +109,37 @@ def wrap(model: Model, config: Any, name: str, *, exactly: bool = False) -> Mode
         adapted = get_peft_model(model, config, adapter_name=name)
     stacks.adapt_parameters_(adapted)
     train_heads_in_float32(adapted, name)
+    _train_tokens_in_float32(adapted, name)
     if config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
         from lora_kit.methods.prefix import refuse_later_checkpointing
 
         refuse_later_checkpointing(model)
+    else:
+        _let_inputs_be_changed_in_place(model)
+        if not config.inference_mode and probe.stops_gradients(adapted):
+            model.enable_input_require_grads()
     return adapted
+
+
+def _let_inputs_be_changed_in_place(model: Model) -> None:
+    """Have checkpointing work where a model adds to its embeddings in place (GIT), on this instance.
+
+    For checkpointing transformers asks the output of the embeddings for a gradient, which makes it a leaf that nothing
+    may be added to; a copy of it is none.
+    """
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads = functools.partial(_enable_input_gradients, model)
+
+
+def _enable_input_gradients(model: Model) -> None:
+    type(model).enable_input_require_grads(model)
+    handle = model.get_input_embeddings().register_forward_hook(_copy_leaf)
+    # where transformers' own disable_input_require_grads finds it
+    getattr(model, "_require_grads_hooks", []).append(handle)
+
+
+def _copy_leaf(module: "nn.Module", inputs: tuple, output: Any) -> Any:
+    return output.clone() if output.requires_grad and output.is_leaf else output
 
 
 @contextmanager
@@ -145,6 +173,15 @@ def train_heads_in_float32(model: Model, name: str) -> None:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in head.parameters()):
             head.float()
             head.register_forward_pre_hook(_cast_inputs_to_float32)
+
+
+def _train_tokens_in_float32(model: Model, name: str) -> None:
+    """Cast the trained rows of embeddings to float32, in place; the layer rounds a copy to the embedding's dtype."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and name in module.trainable_tokens_delta:
+            module.trainable_tokens_delta[name].data = module.trainable_tokens_delta[name].data.float()
 
 
 def _cast_inputs_to_float32(module: "nn.Module", inputs: tuple) -> tuple:

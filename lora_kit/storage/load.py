@@ -9,6 +9,7 @@ from lora_kit import quantization as bits
 from lora_kit import sharing, structure
 from lora_kit.adaptation import Record, count_parameters, main_dtype
 from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, listing
+from lora_kit.messages import say
 from lora_kit.methods import METHODS, word_of
 from lora_kit.methods.native import as_named, wrap
 from lora_kit.storage import manifest
@@ -72,10 +73,27 @@ def _load_whole(
     model, missing = base_models.load(source, config, base_models.heads_of(source.skeleton))
     if missing:
         raise AdapterMismatchError(f"{folder} has no weights for {listing(missing)}; the model is not complete.")
+    if config is None:
+        _restore(model, folder)
     model.requires_grad_(train)
     model.train(train)
     model.lora_kit_record = _record(facts, model, "full", facts.get("base"))
     return model
+
+
+def _restore(model: Model, folder: Path) -> None:
+    """Copy again, in place, what transformers changed after it had read the file (it zeroes the padding token's row)."""
+    import torch
+    from safetensors import safe_open
+
+    state = model.state_dict()
+    with torch.no_grad():
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                for name in set(stored.keys()) & set(state):
+                    value = stored.get_tensor(name)
+                    if value.shape == state[name].shape:
+                        state[name].copy_(value)
 
 
 def _load_adapter(
@@ -111,6 +129,7 @@ def _load_adapter(
     recorded = facts.get("base") or config.base_model_name_or_path
     config.base_model_name_or_path = None  # PEFT notes the name of the base that it is put on
     model = _base_for(folder, facts, config, base or recorded, quantization, dtype, device)
+    _make_room(model, facts.get("embeddings"))
     parameters = count_parameters(model)
     ours = bool(facts) and config.peft_type.value == "LORA"
     if ours:
@@ -133,6 +152,14 @@ def _load_adapter(
     name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
     adapted.lora_kit_record = _record(facts, adapted, word_of(config), str(name) if name else None, parameters)
     return adapted
+
+
+def _make_room(model: Model, rows: int | None) -> None:
+    """Grow the base's embeddings, in place, to hold the new tokens that the adapter brings."""
+    now = model.get_input_embeddings().weight.shape[0] if rows else 0
+    if rows and now < rows:
+        model.resize_token_embeddings(rows)
+        say(f"the base has {now} token embeddings, the adapter was trained with {rows}: {rows - now} rows were added")
 
 
 def _as_modules(config: Any, model: Model) -> None:

@@ -28,8 +28,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(folder: Path, record: Record, labels: dict[int, str] | None) -> None:
-    """Write the manifest over the files that lie in `folder`."""
+def write(folder: Path, record: Record, labels: dict[int, str] | None, embeddings: int | None = None) -> None:
+    """Write the manifest over the files that lie in `folder`; `embeddings` is the number of the base's token rows."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(folder.rglob("*"))
@@ -45,6 +45,7 @@ def write(folder: Path, record: Record, labels: dict[int, str] | None) -> None:
         "base_dtype": record.base_dtype,
         "quantization": record.quantization,
         "parameters": record.parameters,
+        "embeddings": embeddings,
         "heads": list(record.heads),
         "versions": versions(),
         "files": files,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_kit import base as base_models
+from lora_kit import sharing
 from lora_kit.adaptation import record_of
 from lora_kit.errors import CannotMergeError
 from lora_kit.messages import say
@@ -67,6 +68,7 @@ def merge(
     with_adapter = _logits(adapted, batch)
     effect = None
     if not whole:
+        _refuse_conflict(adapted)
         with adapted.disable_adapter():
             effect = float((with_adapter - _logits(adapted, batch)).abs().mean())
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -152,6 +154,15 @@ def _refuse_prefix(method: str) -> None:
         raise CannotMergeError(
             "a prefix cannot be merged: its keys and values stand beside the weights, not in them. Keep the folder "
             "that save() wrote and load it with load(path, base=...)."
+        )
+
+
+def _refuse_conflict(adapted: Model) -> None:
+    pair = sharing.conflict(adapted, record_of(adapted).name)
+    if pair is not None:
+        raise CannotMergeError(
+            f"{pair[0]} and {pair[1]} share one weight in the base but carry different adapters, so no merged weight "
+            "can be right for both. Keep the adapter separate; adapters that lora_kit makes are one a weight."
         )
 
 

@@ -65,18 +65,27 @@ def save(model: Model, path: str | Path) -> Path:
             model.save_pretrained(staging)
             write_tokenizer(record.base, staging)
         labels = model.config.id2label if record.task and "classification" in record.task else None
-        manifest.write(written, record, labels)
+        manifest.write(written, record, labels, _token_rows(model) if record.options.get("new_tokens") else None)
         _move(written, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
+def _token_rows(model: Model) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def _write_adapter(model: Model, name: str, staging: Path) -> Path:
     """PEFT's own files; returns the folder that they are in."""
-    config = model.peft_config[name]
-    targets = getattr(config, "target_modules", None) or ()
-    embeddings = any("embed" in target for target in targets) if not isinstance(targets, str) else "embed" in targets
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    embeddings = any(
+        isinstance(m, BaseTunerLayer) and isinstance(m.get_base_layer(), nn.Embedding) and not isinstance(m, TrainableTokensLayer)
+        for m in model.modules()
+    )
     # "auto", PEFT's default, would look the base up on the hub to see whether its vocabulary was resized
     model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=embeddings)
     # PEFT puts an adapter of any other name into a folder of that name

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lora_kit.adaptation import record_of
+from lora_kit.adaptation import base_of, record_of
 from lora_kit.errors import OptionError, UnsupportedError
 from lora_kit.methods import METHODS, Method, Native
 from lora_kit.types import Model
@@ -51,18 +51,21 @@ def param_groups(model: Model, lr: float | None = None) -> list[dict[str, Any]]:
     """
     record, method = record_of(model), _method_of(model)
     rate, head_rate = _rates(model, lr)
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    in_heads = {id(p) for path in record.heads for p in inner.get_submodule(path).parameters()}
+    faster = float(record.options.get("lora_plus", 1.0))
+    in_heads = {id(p) for path in record.heads for p in base_of(model).get_submodule(path).parameters()}
     groups: dict[str, dict[str, Any]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        head = id(parameter) in in_heads
-        # biases and norms are not pulled towards zero
-        decay = method.weight_decay if parameter.dim() >= 2 and not head else 0.0
-        part = "head" if head else ("weights" if method.word == "full" else "adapter")
-        key = part if decay or part != "weights" else "biases and norms"
-        group = {"params": [], "lr": head_rate if head else rate, "weight_decay": decay, "name": key}
+        key, step, decay = "adapter", rate, method.weight_decay
+        if id(parameter) in in_heads:
+            key, step, decay = "head", head_rate, 0.0
+        elif method.word == "full":
+            # biases and norms are not pulled towards zero
+            key, decay = ("weights", decay) if parameter.dim() >= 2 else ("biases and norms", 0.0)
+        elif faster != 1.0 and ".lora_B." in name:
+            key, step = "adapter B", rate * faster  # LoRA+
+        group = {"params": [], "lr": step, "weight_decay": decay, "name": key}
         groups.setdefault(key, group)["params"].append(parameter)
     if not groups:
         raise UnsupportedError(
