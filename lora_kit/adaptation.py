@@ -70,7 +70,8 @@ def adapt(
             Works while loading and, layer by layer, on a model in memory, with the same quantized weights. Embeddings,
             output head and task heads stay as they are.
         task: what the model is for: `"causal-lm"`, `"seq2seq-lm"`, `"classification"`, `"token-classification"`,
-            `"question-answering"`, `"image-text"` or `"speech"`. None: what the checkpoint says. Only for an id or a path.
+            `"question-answering"`, `"image-text"` or `"speech"`. None: what the checkpoint says. Only for an id or
+            a path.
         dtype: dtype to load the weights in; `"auto"` is the checkpoint's own. Only for an id or a path.
         device: where to put the model. None: a model to be loaded goes to the GPU if there is one.
         name: name of the adapter.

@@ -212,7 +212,6 @@ def _class_for(config: Any, task: str) -> Any:
 def load(source: Source, config: "BitsAndBytesConfig | None", heads: list[str]) -> "tuple[Model, list[str]]":
     """The model, quantized if asked (all but `heads`), and the paths of modules without weights in the checkpoint."""
     import torch
-    import transformers
 
     if source.path is None:
         model = source.skeleton if source.device is None else source.skeleton.to(source.device)

@@ -1,7 +1,8 @@
 """Quantizing while a checkpoint is read: what transformers' loader does not know by itself.
 
 transformers replaces `nn.Linear` and `Conv1D` by their names. Here the list is `quantization.choose`'s, subclasses and
-stacks of experts included, and each weight is packed as soon as it is read: memory holds the packed model and one weight.
+stacks of experts included, and each weight is packed as soon as it is read: memory holds the packed model and one
+weight.
 
 The two quantizers are registered with transformers under names of their own (`lora_kit_4bit`, `lora_kit_8bit`), which
 is transformers' way for others to bring one; nothing that is there is replaced.
@@ -47,9 +48,8 @@ class _Quantize(ConversionOps):
             if name in config.lora_kit_stacks:
                 shape = (tuple(weight.shape), weight.dtype)
                 made[name], scale = stacks.packed_form(weight, config)
-                if scale is not None:
-                    made[f"{name}_scale"] = scale
-                self.quantizer.packed[name] = stacks.Packed(*shape, 4 if config.load_in_4bit else 8)
+                # transformers starts buffers that no file holds anew after loading: the scales wait until then
+                self.quantizer.packed[name] = (stacks.Packed(*shape, 4 if config.load_in_4bit else 8), scale)
             else:
                 made[name] = quantization.packed_weight(module, weight, config)
             module._is_hf_initialized = True
@@ -62,18 +62,10 @@ class _Walk:
     quantization_config: Any
 
     def _process_model_before_weight_loading(self, model: Model, **kwargs: Any) -> None:
-        self.packed: dict[str, stacks.Packed] = {}
+        self.packed: dict[str, tuple[stacks.Packed, torch.Tensor | None]] = {}
         config = self.quantization_config
         for path in config.lora_kit_linear:
             model.set_submodule(path, quantization.empty_layer(model.get_submodule(path), config))
-        if not config.load_in_4bit:
-            for name in config.lora_kit_stacks:
-                path, _, leaf = name.rpartition(".")
-                owner = model.get_submodule(path)
-                size = owner._parameters[leaf].shape
-                owner.register_buffer(
-                    f"{leaf}_scale", torch.empty(*size[:2], 1, device="meta"), persistent=False
-                )
 
     def param_needs_quantization(self, model: Model, param_name: str, **kwargs: Any) -> bool:
         config = self.quantization_config
@@ -84,9 +76,9 @@ class _Walk:
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Model, **kwargs: Any) -> Model:
-        for name, packed in self.packed.items():
+        for name, (packed, scale) in self.packed.items():
             path, _, leaf = name.rpartition(".")
-            stacks.register(model.get_submodule(path), leaf, packed)
+            stacks.register(model.get_submodule(path), leaf, packed, scale)
         return model
 
 

@@ -82,7 +82,7 @@ def _reached(output: Any, marks: "dict[str, list[torch.Tensor]]") -> set[str] | 
     flat = [(path, mark) for path, found in marks.items() for mark in found]
     if not logits or not flat:
         return None
-    total = sum(value.float().sum() for value in logits)
+    total = torch.stack([value.float().sum() for value in logits]).sum()
     gradients = torch.autograd.grad(total, [mark for _, mark in flat], allow_unused=True)
     return {path for (path, _), gradient in zip(flat, gradients, strict=True) if gradient is not None}
 

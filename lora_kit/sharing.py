@@ -58,7 +58,7 @@ def share_equal_adapters(model: Model, name: str) -> None:
 
 
 def conflict(model: Model, name: str) -> tuple[str, str] | None:
-    """Two layers on one weight whose adapters differ, so that no merge can be right for both; None if there are none."""
+    """Two layers on one weight whose adapters differ, so that no merge can be right for both; None without such."""
     import torch
 
     paths = {id(layer): path for path, layer in _layers(model).items()}

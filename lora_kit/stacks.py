@@ -51,9 +51,7 @@ def pack_(module: Model, name: str, config: "BitsAndBytesConfig") -> None:
     weight = module._parameters[name].data
     packed, scale = packed_form(weight, config)
     module._parameters[name] = packed
-    if scale is not None:
-        module.register_buffer(f"{name}_scale", scale, persistent=False)
-    register(module, name, Packed(tuple(weight.shape), weight.dtype, 4 if config.load_in_4bit else 8))
+    register(module, name, Packed(tuple(weight.shape), weight.dtype, 4 if config.load_in_4bit else 8), scale)
 
 
 def packed_form(weight: torch.Tensor, config: "BitsAndBytesConfig") -> tuple[nn.Parameter, torch.Tensor | None]:
@@ -79,13 +77,15 @@ def packed_form(weight: torch.Tensor, config: "BitsAndBytesConfig") -> tuple[nn.
     return nn.Parameter(codes, requires_grad=False), scale
 
 
-def register(module: Model, name: str, packed: Packed) -> None:
+def register(module: Model, name: str, packed: Packed, scale: torch.Tensor | None) -> None:
     """Note that a parameter is packed, and have the dense stack stand in its place while the module runs."""
     if _PACKED not in module.__dict__:
         module.__dict__[_PACKED] = {}
         module.register_forward_pre_hook(_unpack_before)
         module.register_forward_hook(_drop_after, always_call=True)
     module.__dict__[_PACKED][name] = packed
+    if scale is not None:
+        module.register_buffer(f"{name}_scale", scale, persistent=False)
 
 
 def dense(module: Model, name: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.types import Model
 
@@ -111,6 +111,8 @@ def _weights_of(path: str, module: Model) -> Iterator[Part]:
             yield Part(path, module, name, "stack", size[1], size[2], size[0])
         elif len(size) == 2 and is_router_class(type(module)):
             yield Part(path, module, name, "other", *size, reason=ROUTER)
+        elif len(size) == 2 and name == "weight" and hasattr(module, "out_features"):
+            yield Part(path, module, name, "own", *size)  # a linear layer written out (I-BERT's)
         elif len(size) == 2 and min(size) > 1:
             yield Part(path, module, name, "other", *size, reason=BARE)
         elif len(size) == 3 and min(size) > 2 and weight.is_floating_point():
@@ -231,8 +233,14 @@ def _is_a_plain_product(module: Model) -> bool:
     return y.is_meta or bool(torch.allclose(y, expected, rtol=1e-2, atol=1e-3))
 
 
+def _source_of(module: Model) -> str:
+    cls: Any = type(module)
+    return _source(cls)
+
+
 @lru_cache(maxsize=1024)
-def _source(cls: type) -> str:
+def _source(cls: Any) -> str:
+    """The code of a class, or nothing where there is no file of it."""
     try:
         return inspect.getsource(cls)
     except (OSError, TypeError):
@@ -243,21 +251,22 @@ def reads_weight(parent: Model, child: str, *, attributes: bool = False) -> bool
     """Whether the code of `parent` uses the weight of its child itself, instead of calling the child.
 
     Mamba's fused kernels and `nn.MultiheadAttention` do: an adapter around the child would never be run, and a
-    quantized weight would be read as the bytes it is packed in. `attributes` asks for reads of `.weight.data` and the
-    like too, which an adapter survives and a packed weight does not. Slices are tensor parallelism by hand
+    quantized weight would be read as the bytes it is packed in. `attributes` asks for reads of `.weight.data` too,
+    which an adapter survives and a packed weight does not. Slices are tensor parallelism by hand
     (`pretraining_tp`), which adapters and quantized layers leave switched off.
     """
     if parent is None or not child.isidentifier():
         return False
-    after = r"(?!\s*\[)(?!\.(dtype|device|shape|size|is_meta)\b)" if attributes else r"(?!\s*[\[.\w])"
-    return bool(re.search(rf"\bself\.{child}\.weight\b{after}", _source(type(parent))))
+    harmless = "dtype|device|shape|size|is_meta" + ("" if attributes else "|data|requires_grad")
+    after = rf"(?!\s*\[)(?!\.({harmless})\b)"
+    return bool(re.search(rf"\bself\.{child}\.weight\b{after}", _source_of(parent)))
 
 
 def _is_reached_into(parent: Model, child: str, module: Model) -> bool:
     """Whether the code of `parent` sets attributes of its child, or reads its parameters: a wrapper would hide them."""
     if parent is None or not child.isidentifier():
         return False
-    found = re.findall(rf"\bself\.{child}\.(\w+)(\s*=(?!=))?", _source(type(parent)))
+    found = re.findall(rf"\bself\.{child}\.(\w+)(\s*=(?!=))?", _source_of(parent))
     return any(assigned or name in module._parameters for name, assigned in found)
 
 
@@ -269,7 +278,7 @@ class Towers:
 
     def __init__(self, model: Model):
         self._roots: list[tuple[str, str]] = []
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         senses = [key for key, value in vars(config).items() if hasattr(value, "to_dict")] if config else []
         self.several = any(re.search(r"text_config|vision|image|audio|speech", key) for key in senses)

@@ -37,7 +37,7 @@ class Choice:
     modules: dict[str, Model]
     """Path → linear layer."""
     parameters: tuple[str, ...]
-    """Full names of parameters that PEFT adapts in place of a module: stacks, and layers with a forward of their own."""
+    """Full names of parameters that PEFT adapts in place of a module: stacks, layers with a forward of their own."""
     parts: tuple[Part, ...]
     """What was there to choose from: the output head and heads left out."""
     chosen: frozenset[str]
@@ -171,7 +171,7 @@ def _skip_unused(model: Model, parts: tuple[Part, ...], skipped: dict[str, str])
 
 
 def _refuse_missing_tower(model: Model, parts: tuple[Part, ...], where: str) -> None:
-    towers = list(dict.fromkeys(p.tower for p in parts))
+    towers = sorted({p.tower for p in parts})
     if where not in ("all", "language") and where not in towers:
         raise UnsupportedError(
             f"where={where!r}, but {type(model).__name__} has no such tower; it has: {listing(towers)}."

@@ -60,7 +60,10 @@ _SIZES: list[tuple[Any, str]] = [
         r"|qk_nope_head_dim|linear_(key|value)_head_dim|num_mel_bins|n_mels|mamba_(d_)?head(_?dim)?|mamba_d_head",
     ),
     (8, r"qk_rope_head_dim|rotary_dim|(mamba_|ssm_)?(d_)?state(_size)?|(mamba_)?chunk_size|index_topk"),
-    (8, r"mamba_n(um)?_heads|n_mamba_heads|(attention|swa|local)_window(_size)?|sliding_window(_size)?|window_size_attn"),
+    (
+        8,
+        r"mamba_n(um)?_heads|n_mamba_heads|(attention|swa|local)_window(_size)?|sliding_window(_size)?|window_size_attn",
+    ),
     (32, r"(q|kv|o)_lora_rank"),
     (
         INNER,
@@ -68,7 +71,10 @@ _SIZES: list[tuple[Any, str]] = [
         r"|inner_dim|mlp_dim|hidden_dim_ff|block_ff_dim|intermediate_dim|feed_forward_proj_dim|ff_dim|mamba_d_ssm",
     ),
     (WORDS, r".*vocab_size|vocab_size_per_layer_input"),
-    (4, r".*num_experts|n_(routed_)?experts|num_local_experts|num_experts_total|num_routed_experts|num_(queries|latents)"),
+    (
+        4,
+        r".*num_experts|n_(routed_)?experts|num_local_experts|num_experts_total|num_routed_experts|num_(queries|latents)",
+    ),
     (4, r"num_query_tokens|n_latents|mamba_dt_rank|time_step_rank"),
     (2, r"num_experts_per_tok(en)?|top_k|moe_(topk|k|top_k)|n_activated_experts|num_(selected|activated)_experts"),
     (
@@ -285,8 +291,10 @@ def _smaller(key: str, value: Any, fields: dict[str, Any]) -> Any:
             continue
         if value is None and not _FILLED_IF_NONE.fullmatch(key):
             return None
-        if size == KV_HEADS and "head" in key or "query_group" in key:
-            heads = next((fields[k] for k in ("num_attention_heads", "n_head", "n_heads", "num_heads") if k in fields), 0)
+        if (size == KV_HEADS and "head" in key) or "query_group" in key:
+            heads = next(
+                (fields[k] for k in ("num_attention_heads", "n_head", "n_heads", "num_heads") if k in fields), 0
+            )
             return HEADS if value == heads else KV_HEADS
         return size
     return None
@@ -404,7 +412,13 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
     "ibert": {"quant_mode": False},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 2, "num_experts": 4, "layer_types": None},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "layer_types": None,
+    },
     "led": {"attention_window": [4, 4]},
     "lfm2_moe": {
         "layer_types": ["conv", "full_attention", "full_attention"],
@@ -415,7 +429,7 @@ OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24, "num_layers": 2, "num_hidden_layers": 4},
     "longformer": {"attention_window": [4, 4]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 8},
-    "nemo_speechlm": {"head_config": {"audio_hidden_size": HIDDEN}},
+    "nemo_speechlm": {"audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": HIDDEN}}}},
     "qwen4_exp_text": _QWEN_4,
     "qwen4_exp": {"text_config": _QWEN_4},
     "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": KV_HEADS, "layer_types": None},
@@ -450,16 +464,20 @@ def _own(architecture: str, task: str, fields: dict[str, Any], small: dict[str, 
     for key, value in fields.items():
         if isinstance(value, dict) and isinstance(small.get(key), dict) and key.endswith("_config"):
             _latent_attention(value, small[key])
-    for key, value in OWN.get(architecture, {}).items():
-        if value is None:
-            small.pop(key, None)
-        elif isinstance(value, dict) and isinstance(small.get(key), dict):
-            small[key] |= value
-        else:
-            small[key] = value
+    _merge(small, OWN.get(architecture, {}))
     if architecture == "reformer":
         small["is_decoder"] = task == "causal-lm"
     return small
+
+
+def _merge(small: dict[str, Any], own: dict[str, Any]) -> None:
+    for key, value in own.items():
+        if value is None:
+            small.pop(key, None)
+        elif isinstance(value, dict) and isinstance(small.get(key), dict):
+            _merge(small[key], value)
+        else:
+            small[key] = copy.deepcopy(value)
 
 
 def batches(model: Any, config: Any, task: str) -> Any:
@@ -509,7 +527,9 @@ def _senses(config: Any, takes: Any, draw: torch.Generator) -> Any:
     size = next((getattr(inner, k) for k in ("image_size", "img_size", "input_size") if getattr(inner, k, None)), 32)
     size = size if isinstance(size, int) else size[0]
     bins = getattr(config, "num_mel_bins", None) or getattr(getattr(config, "audio_config", None), "num_mel_bins", None)
-    bins = bins or getattr(config, "input_feat_per_channel", None) or getattr(config, "feature_projection_input_dim", None)
+    bins = (
+        bins or getattr(config, "input_feat_per_channel", None) or getattr(config, "feature_projection_input_dim", None)
+    )
     if "pixel_values" in takes:
         channels = getattr(inner, "num_channels", 3) or 3
         yield {"pixel_values": torch.randn(2, channels, size, size, generator=draw)}

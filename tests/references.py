@@ -54,3 +54,20 @@ def token_loss(logits, labels):
                 total -= row[position].double().log_softmax(-1)[wanted[position + 1]].item()
                 count += 1
     return total, count
+
+
+def adapted_stack(weight, a, b, scale, *, out_first):
+    """Each expert's `W + scale · B A`, one at a time: (experts, out, in), or (experts, in, out) if not `out_first`.
+
+    `a` is (rank · experts, in) with the experts' blocks one after the other, `b` (out, rank · experts) with the experts
+    side by side: PEFT's layout.
+    """
+    experts = weight.shape[0]
+    rank = a.shape[0] // experts
+    found = []
+    for e in range(experts):
+        down = a[e * rank : (e + 1) * rank]
+        up = b[:, [r * experts + e for r in range(rank)]]
+        update = up @ down
+        found.append(weight[e] + scale * (update if out_first else update.T))
+    return torch.stack(found)

@@ -133,7 +133,10 @@ def _let_inputs_be_changed_in_place(model: Model) -> None:
 
 def _enable_input_gradients(model: Model) -> None:
     type(model).enable_input_require_grads(model)
-    handle = model.get_input_embeddings().register_forward_hook(_copy_leaf)
+    try:
+        handle = model.get_input_embeddings().register_forward_hook(_copy_leaf)
+    except NotImplementedError:  # Canine, whose embeddings are hashed: there is no one table
+        return
     # where transformers' own disable_input_require_grads finds it
     getattr(model, "_require_grads_hooks", []).append(handle)
 

@@ -82,7 +82,7 @@ def _load_whole(
 
 
 def _restore(model: Model, folder: Path) -> None:
-    """Copy again, in place, what transformers changed after it had read the file (it zeroes the padding token's row)."""
+    """Copy again, in place, what transformers changed after reading the file (it zeroes the padding token's row)."""
     import torch
     from safetensors import safe_open
 

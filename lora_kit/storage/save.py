@@ -83,7 +83,9 @@ def _write_adapter(model: Model, name: str, staging: Path) -> Path:
     from torch import nn
 
     embeddings = any(
-        isinstance(m, BaseTunerLayer) and isinstance(m.get_base_layer(), nn.Embedding) and not isinstance(m, TrainableTokensLayer)
+        isinstance(m, BaseTunerLayer)
+        and isinstance(m.get_base_layer(), nn.Embedding)
+        and not isinstance(m, TrainableTokensLayer)
         for m in model.modules()
     )
     # "auto", PEFT's default, would look the base up on the hub to see whether its vocabulary was resized
