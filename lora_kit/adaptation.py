@@ -44,6 +44,8 @@ class Record:
     """Share of the base's matmul weights that carries an adapter, 0 to 1; None where that was not counted."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Matmul weight of the base → why it carries no adapter."""
+    unquantized: dict[str, str] = field(default_factory=dict)
+    """Matmul weight of a quantized base → why it is not quantized."""
 
 
 def adapt(
@@ -111,7 +113,7 @@ def adapt(
     base_dtype = given_dtype if source.path is None else main_dtype(loaded)
 
     parameters = count_parameters(loaded)
-    staying = bits.left_out(loaded, heads) if quantized is not None else ""
+    staying = bits.staying(loaded, heads) if quantized is not None else None
     attached = chosen.attach(loaded, heads, name)
     record = Record(
         method=chosen.word,
@@ -125,10 +127,11 @@ def adapt(
         heads=tuple(heads),
         coverage=attached.share if chosen.word == "lora" else None,
         left_out=attached.left_out,
+        unquantized=staying.skipped if staying else {},
     )
     attached.model.lora_kit_record = record
     attached.model.train()
-    say(report(attached.model, chosen, attached.coverage, record, staying))
+    say(report(attached.model, chosen, attached.coverage, record, staying.left_out() if staying else ""))
     return attached.model
 
 
@@ -140,6 +143,8 @@ def resolve_quantization(word: Any, method: Method) -> Any:
             f"method {method.word!r} with quantization={word!r}: quantized matrices hold integers and cannot be "
             "trained. Use method='lora' or 'prefix', or leave quantization out."
         )
+    if config is not None:
+        method.check_quantization(bits.word(config))
     return config
 
 

@@ -9,6 +9,7 @@ is transformers' way for others to bring one; nothing that is there is replaced.
 """
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ from lora_kit.types import Model
 def config_for(config: Any, skeleton: Model, heads: list[str]) -> Any:
     """A copy of the bitsandbytes config that makes `from_pretrained` quantize what `quantization.choose` names."""
     choice = quantization.choose(skeleton, heads, config.llm_int8_skip_modules or ())
-    weights = [id(p.weight) for p in choice.linear]
+    holders = Counter(id(p.weight) for p in choice.linear)
     ours = copy.deepcopy(config)
     ours.quant_method = "lora_kit_4bit" if config.load_in_4bit else "lora_kit_8bit"
     # a weight that several layers share is tied after loading, and quantized then
-    ours.lora_kit_linear = {p.path for p in choice.linear if weights.count(id(p.weight)) == 1}
+    ours.lora_kit_linear = {p.path for p in choice.linear if holders[id(p.weight)] == 1}
     ours.lora_kit_stacks = {p.full_name for p in choice.stacks}
     return ours
 

@@ -5,6 +5,7 @@ sparse attention chooses tokens by maps that get no gradient. An adapter there w
 """
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def used(model: Model, candidates: dict[str, Model]) -> set[str] | None:
             hooks += [m.register_forward_hook(_noter(called, path)) for path, m in model.named_modules() if path]
             try:
                 output = model(**inputs)
-                reached = _reached(output, marks)
+                reached = _reached(output, marks, sure=not _has_functions_of_its_own(model))
             except Exception:  # whatever a model raises that does not like these inputs
                 continue
             finally:
@@ -51,13 +52,10 @@ def stops_gradients(model: Model) -> bool:
     Layers that run inside an autograd function of the model's own (Reformer's reversible layers) only get gradients
     if the function's input has one. Only such models are tried.
     """
-    import sys
-
     import torch
 
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    source = inspect.getsource(sys.modules[type(inner).__module__]) if hasattr(inner, "config") else ""
-    if "autograd.Function" not in source and "(Function)" not in source:
+    if not hasattr(inner, "config") or not _has_functions_of_its_own(inner):
         return False
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     heads = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
@@ -72,16 +70,29 @@ def stops_gradients(model: Model) -> bool:
     return False
 
 
-def _reached(output: Any, marks: "dict[str, list[torch.Tensor]]") -> set[str] | None:
-    """The paths whose marks the output depends on."""
+def _has_functions_of_its_own(model: Model) -> bool:
+    """Whether the code of the model's module runs layers inside an autograd function, out of sight of gradients."""
+    import sys
+
+    try:
+        source = inspect.getsource(sys.modules[type(model).__module__])
+    except (OSError, TypeError):
+        return False
+    return bool(re.search(r"\((torch\.)?(autograd\.)?Function\):", source))
+
+
+def _reached(output: Any, marks: "dict[str, list[torch.Tensor]]", *, sure: bool) -> set[str] | None:
+    """The paths whose marks the output depends on; None where nothing can be said."""
     import torch
 
     found = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
     tensors = {key: value for key, value in found if torch.is_tensor(value) and value.grad_fn is not None}
     logits = [value for key, value in tensors.items() if "logits" in str(key)] or list(tensors.values())
     flat = [(path, mark) for path, found in marks.items() for mark in found]
-    if not logits or not flat:
+    if not flat:
         return None
+    if not logits:
+        return set() if sure else None
     total = torch.stack([value.float().sum() for value in logits]).sum()
     gradients = torch.autograd.grad(total, [mark for _, mark in flat], allow_unused=True)
     return {path for (path, _), gradient in zip(flat, gradients, strict=True) if gradient is not None}

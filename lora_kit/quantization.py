@@ -127,6 +127,7 @@ class Choice:
 
     linear: tuple[Part, ...]
     stacks: tuple[Part, ...]
+    """Stacks of experts, and weights of layers with a forward of their own: packed where they are."""
     skipped: dict[str, str]
     """Full name of a weight → reason."""
     parts: tuple[Part, ...]
@@ -151,13 +152,13 @@ def choose(model: Model, heads: list[str], skip: Iterable[str] = ()) -> Choice:
         parent, _, leaf = part.path.rpartition(".")
         if part.kind == "other":
             skipped[part.full_name] = part.reason or ""
+        elif type(part.module).__name__ == "Conv1d":
+            skipped[part.full_name] = "convolutions of width 1"
         elif part.reason == structure.ROUTER:
             skipped[part.full_name] = part.reason
-        elif part.kind == "own":
-            skipped[part.full_name] = "linear layers with a forward of their own"
         elif set(part.path.split(".")) & kept:
             skipped[part.full_name] = "kept in float32 by the model's class"
-        elif part.kind == "linear" and structure.reads_weight(model.get_submodule(parent), leaf, attributes=True):
+        elif part.kind != "stack" and structure.reads_weight(model.get_submodule(parent), leaf, attributes=True):
             skipped[part.full_name] = structure.READ
         elif min(part.rows, part.columns) < SMALLEST:
             skipped[part.full_name] = f"smaller than {SMALLEST}"
@@ -170,7 +171,7 @@ def choose(model: Model, heads: list[str], skip: Iterable[str] = ()) -> Choice:
             "leave quantization out."
         )
     return Choice(
-        tuple(p for p in left if p.kind == "linear"), tuple(p for p in left if p.kind == "stack"), skipped, parts
+        tuple(p for p in left if p.kind == "linear"), tuple(p for p in left if p.kind != "linear"), skipped, parts
     )
 
 
@@ -189,14 +190,14 @@ def quantize_(model: Model, config: "BitsAndBytesConfig", heads: list[str]) -> M
     structure.hold_still(model)
     choice = choose(model, heads, config.llm_int8_skip_modules or ())
     shared: dict[int, Model] = {}
-    sharing = {id(p.weight) for p in choice.linear if _is_shared(p, choice.linear)}
+    holders = Counter(id(p.weight) for p in choice.linear)
     todo = [(p.path, id(p.weight)) for p in choice.linear if not is_quantized(p.module)]
     stacked = [(p.module, p.parameter) for p in choice.stacks if not stacks.is_packed(p.module, p.parameter)]
     del choice  # it holds the modules, whose weights are to go one by one
     for path, weight in todo:
         module = model.get_submodule(path)
         new = _quantized(module, config, shared.get(weight))
-        if weight in sharing:
+        if holders[weight] > 1:
             shared.setdefault(weight, new)
         model.set_submodule(path, new)
         del module, new
@@ -212,10 +213,6 @@ def quantize_(model: Model, config: "BitsAndBytesConfig", heads: list[str]) -> M
         model.config.quantization_config = config
     settle(model)
     return model
-
-
-def _is_shared(part: Part, parts: tuple[Part, ...]) -> bool:
-    return sum(other.weight is part.weight for other in parts) > 1
 
 
 def is_quantized(module: Model) -> bool:
@@ -321,8 +318,8 @@ def _unflatten(module: Model, inputs: tuple, output: Any) -> Any:
     return output if lead is None or output is None else output.unflatten(0, lead)
 
 
-def left_out(model: Model, heads: list[str]) -> str:
-    """What of the matmul weights is not quantized, and why, in words; empty where everything is."""
+def staying(model: Model, heads: list[str]) -> Choice:
+    """What of the matmul weights of a quantized model is not quantized, and why."""
     from lora_kit import stacks
 
     parts = tuple(p for p in structure.survey(model, heads) if p.reason not in (structure.OUTPUT, structure.HEAD))
@@ -332,7 +329,7 @@ def left_out(model: Model, heads: list[str]) -> str:
     except UnsupportedError:
         reasons = {}
     skipped = {p.full_name: reasons.get(p.full_name, "as the model was loaded") for p in plain}
-    return Choice((), (), skipped, parts).left_out()
+    return Choice((), (), skipped, parts)
 
 
 def quantized_bytes(model: Model) -> tuple[int, int]:

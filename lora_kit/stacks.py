@@ -1,9 +1,10 @@
 """Stacks of matrices, as mixture-of-experts models hold them: packed into 8 or 4 bit, and with an adapter.
 
-A stack is one parameter of shape (experts, ·, ·), so neither bitsandbytes nor PEFT can replace a module for it. Packed,
-the parameter holds bytes, and the dense stack stands in its place while the module that owns it runs. Adapted, PEFT's
-`ParamWrapper` holds `A` and `B`, and `W + (alpha / rank) · B A` stands in its place. Both ways only the instance's own
-attribute is covered for the time of one forward: no parametrization, no class is changed.
+A stack is one parameter of shape (experts, ·, ·), so neither bitsandbytes nor PEFT can replace a module for it; the
+weight of a linear layer with a forward of its own is treated the same way. Packed, the parameter holds bytes, and the
+dense stack stands in its place while the module that owns it runs. Adapted, PEFT's `ParamWrapper` holds `A` and `B`,
+and `W + (alpha / rank) · B A` stands in its place. Both ways an attribute of the one instance is covered for the time
+of one forward; there is no parametrization.
 """
 
 from collections.abc import Iterator
@@ -69,8 +70,9 @@ def packed_form(weight: torch.Tensor, config: "BitsAndBytesConfig") -> tuple[nn.
         return made.to(weight.device), None
     # in place of a float32 copy of the whole stack, one matrix at a time
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(*weight.shape[:2], 1, dtype=torch.float32, device=weight.device)
-    for matrix, code, step in zip(weight, codes, scale, strict=True):
+    scale = torch.empty(*weight.shape[:-1], 1, dtype=torch.float32, device=weight.device)
+    matrices = (weight, codes, scale) if weight.dim() == 3 else (weight[None], codes[None], scale[None])
+    for matrix, code, step in zip(*matrices, strict=True):
         exact = matrix.float()
         step.copy_(exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127)
         code.copy_((exact / step).round_())

@@ -21,6 +21,7 @@ OUTPUT = "output embeddings"
 HEAD = "heads, trained whole"
 ROUTER = "routers"
 READ = "weight read directly by the module around it"
+GROUPED = "convolutions in groups"
 STATE = "blocks whose state the module around them sets"
 FOREIGN = "3-d weights that are no stack of matrices"
 BARE = "weights that a module holds without a layer around them"
@@ -101,6 +102,12 @@ def _weights_of(path: str, module: Model) -> Iterator[Part]:
         kind = "own" if _runs_its_own_forward(module) else "linear"
         yield Part(path, module, "weight", kind, rows, columns)
         return
+    if isinstance(module, nn.Conv1d) and module.kernel_size == (1,):
+        # a linear map over channels; in groups it is one a low-rank update does not fit into
+        whole = module.groups == 1
+        sides = module.out_channels, module.in_channels // module.groups
+        yield Part(path, module, "weight", "linear" if whole else "other", *sides, reason=None if whole else GROUPED)
+        return
     if isinstance(module, nn.Embedding) or type(module).__module__.startswith("torch.nn.modules.conv"):
         return
     for name, weight in module._parameters.items():
@@ -145,6 +152,8 @@ def shape(module: Model) -> tuple[int, int]:
     if type(module).__name__ == "Conv1D":
         rows, columns = module.weight.shape
         return columns, rows
+    if type(module).__name__ == "Conv1d":
+        return module.out_channels, module.in_channels
     return module.out_features, module.in_features
 
 
@@ -313,19 +322,6 @@ def _modality(module: Model, text: object) -> str | None:
     if re.search(r"audio|speech|input_features|input_values|sound", words):
         return "audio"
     return None
-
-
-def shared_weights(parts: Iterable[Part]) -> dict[str, list[str]]:
-    """First path → the other paths that hold the very same weight."""
-    first: dict[int, str] = {}
-    groups: dict[str, list[str]] = {}
-    for part in parts:
-        key = id(part.weight)
-        if key in first:
-            groups.setdefault(first[key], []).append(part.path)
-        else:
-            first[key] = part.path
-    return groups
 
 
 def hold_still(model: Model) -> None:

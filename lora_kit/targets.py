@@ -22,8 +22,8 @@ PEFT_TASKS = {
     "classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "question-answering": "QUESTION_ANS",
-    "image-text": "CAUSAL_LM",
-    # "speech" has none: PEFT's sequence-to-sequence class would pass on input_ids, which such models do not take
+    # "image-text" and "speech" have none: PEFT's classes for language models pass on arguments of text alone, which
+    # such models need not take
 }
 
 TOWERS = ("language", "vision", "audio", "all")
@@ -88,10 +88,17 @@ def _count(parts: list[Part], chosen: frozenset[str]) -> str:
     return " and ".join(words[:2]) if words else "0 of 0 linear layers"
 
 
-def peft_task(model: Model) -> str | None:
-    """PEFT's task type for this model, or None for a model of unknown task."""
+def peft_task(model: Model, heads: Iterable[str] = ()) -> str | None:
+    """PEFT's task type for this model, or None for a model of unknown task.
+
+    By task PEFT trains modules of certain names whole. A head that holds one of them deeper inside (BigBird's) would be
+    wrapped twice and saved in part, so such a model goes without a type.
+    """
     from lora_kit import base
 
+    inner = [path for head in heads for path, _ in model.get_submodule(head).named_modules() if path]
+    if any(path.rpartition(".")[2] in ("classifier", "score", "qa_outputs") for path in inner):
+        return None
     return PEFT_TASKS.get(base.task_of(model) or "")
 
 
@@ -212,7 +219,8 @@ def match(model: Model, wanted: Iterable[str] | str) -> dict[str, Model]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    carriers = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | nn.Embedding | nn.Conv2d)}
+    kinds = nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d
+    carriers = {p: m for p, m in model.named_modules() if isinstance(m, kinds)}
     carriers |= {p.full_name: p.module for p in structure.survey(model) if p.kind == "stack"}
     if isinstance(wanted, str):
         try:

@@ -109,7 +109,11 @@ class LoRA(Method):
         self._refuse_variants_on_stacks(choice.parameters)
         self._refuse_unknown_tokens(model)
         bits = quantization.of(model)
-        if self.pissa and bits is not None:
+        if bits is not None:
+            self.check_quantization(bits)
+
+    def check_quantization(self, bits: str) -> None:
+        if self.pissa:
             raise UnsupportedError(
                 f"pissa on a {bits} base: it starts from the singular values of the 16-bit weights. Load the model "
                 "without quantization, or leave pissa out."
@@ -123,7 +127,7 @@ class LoRA(Method):
 
         choice = self._choose(model, heads, try_out=True)
         config = LoraConfig(
-            task_type=targets.peft_task(model),
+            task_type=targets.peft_task(model, heads),
             r=self.rank,
             lora_alpha=self.alpha_value,
             lora_dropout=self.dropout,

@@ -86,6 +86,10 @@ class Method(ABC):
     def check(self, model: Model, heads: list[str]) -> None:
         """Raise a `LoraKitError` if this method cannot do what was asked with this model (weights may be on `meta`)."""
 
+    def check_quantization(self, bits: str) -> None:
+        """Raise a `LoraKitError` if these options cannot work on a base in so many bits (`"8bit"` or `"4bit"`)."""
+        return
+
     @abstractmethod
     def attach(self, model: Model, heads: list[str], name: str) -> Attached:
         """Wrap `model` in place, ready to train; `heads` are the paths of modules to train whole."""

@@ -76,7 +76,7 @@ class Native(Method):
 
         config = copy.deepcopy(self.config)
         if config.task_type is None:
-            config.task_type = targets.peft_task(model)
+            config.task_type = targets.peft_task(model, heads)
         if heads and hasattr(config, "modules_to_save"):
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
         if heads and not hasattr(config, "modules_to_save"):
@@ -109,6 +109,7 @@ def wrap(model: Model, config: Any, name: str, *, exactly: bool = False) -> Mode
         adapted = get_peft_model(model, config, adapter_name=name)
     stacks.adapt_parameters_(adapted)
     train_heads_in_float32(adapted, name)
+    _keep_statistics(adapted)
     _train_tokens_in_float32(adapted, name)
     if config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
         from lora_kit.methods.prefix import refuse_later_checkpointing
@@ -133,12 +134,12 @@ def _let_inputs_be_changed_in_place(model: Model) -> None:
 
 def _enable_input_gradients(model: Model) -> None:
     type(model).enable_input_require_grads(model)
-    try:
-        handle = model.get_input_embeddings().register_forward_hook(_copy_leaf)
-    except NotImplementedError:  # Canine, whose embeddings are hashed: there is no one table
-        return
-    # where transformers' own disable_input_require_grads finds it
-    getattr(model, "_require_grads_hooks", []).append(handle)
+    # every model inside has its own, but some that hash their tokens (Canine)
+    inside = [m for m in model.modules() if hasattr(m, "get_input_embeddings") and _says_its_embeddings(m)]
+    for embeddings in {m.get_input_embeddings() for m in inside} - {None}:
+        handle = embeddings.register_forward_hook(_copy_leaf)
+        # where transformers' own disable_input_require_grads finds it
+        getattr(model, "_require_grads_hooks", []).append(handle)
 
 
 def _copy_leaf(module: "nn.Module", inputs: tuple, output: Any) -> Any:
@@ -156,12 +157,32 @@ def as_named(model: Model) -> Iterator[None]:
     own = vars(model.config) if hasattr(model, "config") else {}
     before = dict(own)
     own["model_type"] = ""
+    # PEFT also asks every model for its input embeddings, which some (PP-FormulaNet) do not say
+    silent = hasattr(model, "get_input_embeddings") and not _says_its_embeddings(model)
+    if silent:
+        model.__dict__["get_input_embeddings"] = functools.partial(_first_embeddings, model)
     try:
         yield
     finally:
+        if silent:
+            del model.__dict__["get_input_embeddings"]
         del own["model_type"]
         if "model_type" in before:
             own["model_type"] = before["model_type"]
+
+
+def _says_its_embeddings(model: Model) -> bool:
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _first_embeddings(model: Model) -> Model:
+    from torch import nn
+
+    return next((m for m in model.modules() if isinstance(m, nn.Embedding)), nn.Identity())
 
 
 def train_heads_in_float32(model: Model, name: str) -> None:
@@ -176,6 +197,25 @@ def train_heads_in_float32(model: Model, name: str) -> None:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in head.parameters()):
             head.float()
             head.register_forward_pre_hook(_cast_inputs_to_float32)
+
+
+def _keep_statistics(model: Model) -> None:
+    """Keep frozen batch normalization in evaluation, whatever mode the model is put in.
+
+    In training it would use each batch's own mean and variance and move the base's running ones, which no adapter's
+    file holds: the loaded model would not be the one that was trained.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for module in model.modules():
+        frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm) and module.track_running_stats and frozen:
+            module.eval()
+            module.__dict__["train"] = functools.partial(_stay, module)
+
+
+def _stay(module: "nn.Module", mode: bool = True) -> "nn.Module":
+    return module
 
 
 def _train_tokens_in_float32(model: Model, name: str) -> None:
