@@ -168,7 +168,7 @@ def report(model: Model, method: Method, coverage: str, record: Record, staying:
 
 def base_of(model: Model) -> Model:
     """The model inside PEFT's wrapping, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def count_parameters(model: Model, *, without: str | None = None) -> int:
@@ -190,7 +190,7 @@ def record_of(model: Model) -> Record:
     found = getattr(model, "lora_kit_record", None)
     if isinstance(found, Record):
         return found
-    config = getattr(model, "peft_config", None)
+    config = model.peft_config if hasattr(model, "get_base_model") else None
     inner = base_of(model)
     word = "full"
     adapter = "default"

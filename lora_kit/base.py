@@ -134,7 +134,8 @@ def _check_device(device: str | None) -> None:
 def _examine_object(model: Model, device: str | None) -> Source:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if hasattr(model, "peft_config") or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+    # an unloaded model may keep PEFT's config as a mere attribute (PEFT 0.18)
+    if hasattr(model, "get_base_model") or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         names = listing(getattr(model, "peft_config", ["?"]))
         raise AlreadyAdaptedError(
             f"this {type(model).__name__} already carries an adapter ({names}); "
@@ -289,5 +290,5 @@ def tokenizer_of(model: "nn.Module | str") -> Any:
         return None
     try:
         return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ImportError):
         return None

@@ -54,7 +54,7 @@ def stops_gradients(model: Model) -> bool:
     """
     import torch
 
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(inner, "config") or not _has_functions_of_its_own(inner):
         return False
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

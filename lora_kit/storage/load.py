@@ -225,7 +225,7 @@ def _compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: Model) -> 
 
 
 def _record(facts: dict[str, Any], model: Model, word: str, base: str | None, parameters: int | None = None) -> Record:
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return Record(
         method=str(facts.get("method", word)),
         options=dict(facts.get("options") or {}),

@@ -63,7 +63,7 @@ def merge(
         CannotMergeError: a prefix, or a quantized base whose 16-bit weights are not at hand.
     """
     adapted, dtype, source = _adapted_in_float32(model_or_path, base)
-    whole = not hasattr(adapted, "peft_config")
+    whole = not hasattr(adapted, "get_base_model")
     batch = _probe(adapted)
     with_adapter = _logits(adapted, batch)
     effect = None

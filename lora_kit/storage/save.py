@@ -58,7 +58,7 @@ def save(model: Model, path: str | Path) -> Path:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        if hasattr(model, "peft_config"):
+        if hasattr(model, "get_base_model"):
             written = _write_adapter(model, record.name, staging)
         else:
             written = staging

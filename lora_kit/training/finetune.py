@@ -263,7 +263,7 @@ def measure(trainer: "Trainer", *, without_adapter: bool = False) -> dict[str, f
 def _without_adapter(trainer: "Trainer") -> Iterator[None]:
     """The base alone, with untrained heads."""
     model: Any = trainer.model
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "get_base_model"):
         yield
     elif model.active_peft_config.is_prompt_learning:
         # PEFT's own switch needs prepare_inputs_for_generation, which its classification class has not; a prefix lives
