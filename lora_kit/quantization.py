@@ -5,6 +5,7 @@ trained whole, routers, maps too small to gain, and what the model's class keeps
 the layer. It is the same whether the model is quantized while it is loaded or afterwards, bit for bit.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -203,6 +204,8 @@ def quantize_(model: Model, config: "BitsAndBytesConfig", heads: list[str]) -> M
         del module, new
     for owner, name in stacked:
         stacks.pack_(owner, name, config)
+    if any(stacks.packed_names(module) for module in model.modules()) and hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = functools.partial(stacks.refuse_to_save, model)
     # what transformers leaves behind when it quantizes while loading: PEFT and Trainer look for it
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     model.hf_quantizer = quantizer

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from lora_kit.errors import CannotMergeError
+from lora_kit.errors import CannotMergeError, StorageError
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -35,6 +35,19 @@ class Packed:
 
 def is_packed(module: Model, name: str) -> bool:
     return name in module.__dict__.get(_PACKED, {})
+
+
+def packed_names(module: Model) -> list[str]:
+    """The parameters of this module that are packed."""
+    return list(module.__dict__.get(_PACKED, {}))
+
+
+def refuse_to_save(model: Model, *args: Any, **kwargs: Any) -> None:
+    """Stands for `save_pretrained` of a base with packed stacks, for which transformers has no file format."""
+    raise StorageError(
+        f"this {type(model).__name__} holds quantized experts, which transformers' files have no place for. Save the "
+        "adapter with lora_kit.save, or write a 16-bit model with lora_kit.merge."
+    )
 
 
 def shape_of(module: Model, name: str) -> tuple[int, ...] | None:

@@ -119,7 +119,7 @@ def choose(
         heads: paths of modules that are trained whole and so carry no adapter.
         rank: rank of the update, which no adapted matrix may be smaller than.
         where: the tower of a multimodal model, one of `TOWERS`.
-        experts: whether stacks of expert matrices are adapted.
+        experts: whether weights are adapted that no layer of their own can be replaced for: stacks of expert matrices.
         try_out: run the model once to see which modules are used; it needs its weights.
 
     Raises:
@@ -135,7 +135,7 @@ def choose(
     for part in parts:
         if where not in ("all", part.tower):
             skipped.setdefault(part.full_name, f"{part.tower} tower")
-        elif part.kind == "stack" and not experts:
+        elif part.kind in ("stack", "own") and not experts:
             skipped.setdefault(part.full_name, "experts=False")
     probed = True
     if try_out:

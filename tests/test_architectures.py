@@ -42,12 +42,19 @@ CHOSEN = {
     ("causal-lm", "xlnet"): "3-d weights that are no stacks",
     ("causal-lm", "youtu"): "the padding row zeroed at load",
     ("seq2seq-lm", "t5"): "layers kept in float32",
+    ("classification", "ibert"): "no nn.Linear at all",
     ("classification", "reformer"): "reversible layers",
     ("classification", "distilbert"): "two heads",
     ("classification", "modernvbert"): "a head whose name another module has",
     ("token-classification", "deberta-v2"): "a quantized head",
+    ("token-classification", "squeezebert"): "convolutions of width 1 for linear layers",
     ("question-answering", "albert"): "one layer run many times",
+    ("question-answering", "big_bird"): "a head inside a head",
+    ("image-text", "blip"): "arguments of text that are passed on where none is taken",
+    ("image-text", "pp_formulanet"): "input embeddings that cannot be asked for",
     ("image-text", "qwen2_vl"): "several towers",
+    ("image-text", "udop"): "several embeddings, changed in place",
+    ("speech", "cohere_asr"): "batch statistics that move in training",
     ("speech", "whisper"): "no input_ids",
 }
 
@@ -202,3 +209,31 @@ def test_probing_leaves_no_trace(recipes):
         assert [module.training for module in model.modules()] == modes
         assert {module: set(vars(module)) for module in model.modules()} == kept
         assert not any(module._forward_hooks for path, module in model.named_modules() if base is None)
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results/coverage"
+
+
+def test_the_table_is_made_from_its_cells():
+    assert (RESULTS / "report.md").read_text() == sweep.report(sweep.read_table(RESULTS / "cells.csv"))
+
+
+@pytest.mark.parametrize("tasks", [sweep.FIRST_TASKS, sweep.OTHER_TASKS], ids=["first", "other"])
+def test_what_the_committed_cells_hold(tasks):
+    """Every architecture that can be built trains by LoRA and in full, and at least 98.5 % on a quantized base."""
+    cells = [r for r in sweep.read_table(RESULTS / "cells.csv") if r["library"] == "lora_kit" and r["task"] in tasks]
+    built = [r for r in cells if r["status"] != "not built"]
+    assert all(r["reason"] for r in cells if r["status"] == "not built"), "each says why"
+    for mode, share in {
+        "lora": 1,
+        "full": 0.98,
+        "lora-4bit": 0.985,
+        "lora-8bit": 0.985,
+        "lora-checkpointing": 1,
+    }.items():
+        mine = [r for r in built if r["mode"] == mode and r["status"] != "unsupported"]
+        good = sum(sweep.passed(r) for r in mine)
+        assert good >= share * len(mine), (mode, good, len(mine))
+        assert len(mine) >= (310 if mode == "lora-checkpointing" else 340) or tasks == sweep.OTHER_TASKS
+        assert mode != "full" or tasks == sweep.OTHER_TASKS or good == len(mine)
+    assert len({r["commit"] for r in cells}) == 1

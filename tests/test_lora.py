@@ -92,6 +92,8 @@ def test_pissa_wants_16_bit_weights():
         adapt(tiny.build("llama"), pissa=True, quantization="4bit")
     with pytest.raises(OptionError, match="dora and pissa"):
         LoRA(dora=True, pissa=True)
+    with pytest.raises(OptionError, match="experts must be True or False, got 'no'"):
+        LoRA(experts="no")
 
 
 def test_lora_plus():
@@ -162,7 +164,7 @@ def test_new_tokens_in_16_bit_train_in_float32():
 
 def test_new_tokens_that_cannot_be():
     model = tiny.build("llama")
-    with pytest.raises(OptionError, match=r"names the id 160, but the model has 160 embeddings.*resize_token_emb"):
+    with pytest.raises(OptionError, match=r"names the id 160, but the model has 160 embeddings.*resize_token"):
         adapt(model, new_tokens=[160])
     with pytest.raises(OptionError, match=r"takes ids of tokens, got '<think>'.*convert_tokens_to_ids"):
         adapt(model, new_tokens=["<think>"])

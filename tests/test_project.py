@@ -44,7 +44,8 @@ def test_public_names_have_docstrings():
 
 
 # what each room may import, from the top down
-ROOMS = ["cli", "comparison", "training", "storage memory", "adaptation", "methods", "targets quantization base"]
+ROOMS = ["cli", "comparison", "training", "storage memory", "adaptation", "methods"]
+ROOMS += ["targets quantization base loading structure sharing stacks probe"]
 
 
 def test_imports_point_one_way():

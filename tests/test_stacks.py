@@ -1,5 +1,6 @@
 """Stacks of expert matrices, adapted and packed, against plain torch and against PEFT's own wrapper."""
 
+import copy
 import gc
 import warnings
 
@@ -13,7 +14,7 @@ from references import adapted_stack, int8_round_trip, nf4_round_trip
 
 from lora_kit import adapt, load, merge, save, stacks
 from lora_kit import quantization as bits
-from lora_kit.errors import CannotMergeError
+from lora_kit.errors import CannotMergeError, StorageError
 from lora_kit.memory.tracker import PeakBytes
 
 EXPERTS = ["mixtral", "gpt_oss", "llama4_text", "jetmoe", "qwen2_moe"]
@@ -311,6 +312,69 @@ def test_a_quantized_moe_merges_into_its_16_bit_base(tmp_path):
     model = trained(adapt(str(path), rank=4, quantization="4bit"))
     result = merge(model, tmp_path / "merged")
     assert result.drift < 1e-5 < result.effect
+
+
+@pytest.mark.parametrize("base", [None, "8bit", "4bit"])
+def test_copies_are_whole(base):
+    """A deep copy computes the same and is independent: shared adapters, packed stacks and hooks come along."""
+    for architecture in ("mixtral", "zamba"):
+        model = stir(adapt(build(architecture), rank=4, quantization=base)).eval()
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            expected = model(**batch()).logits
+            assert torch.equal(twin(**batch()).logits, expected)
+            for name, parameter in twin.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
+            assert not torch.equal(twin(**batch()).logits, expected)
+            assert torch.equal(model(**batch()).logits, expected)
+        assert len(list(twin.parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("base", [None, "8bit", "4bit"])
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_checkpointing_changes_no_gradient(architecture, base):
+    """The recomputation stops early, by an exception; what stood in for the stacks is taken away all the same."""
+    model = stir(adapt(build(architecture), rank=4, quantization=base)).train()
+    total, plain = gradients(model)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    again, recomputed = gradients(model)
+    assert torch.equal(total, again)
+    for name in plain:
+        torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-5, atol=1e-6, msg=name)
+    for module in model.modules():
+        assert not {"gate_up_proj", "down_proj"} & set(vars(module)), "a dense stack was left in memory"
+
+
+def test_quantized_experts_have_no_file(tmp_path):
+    """transformers would write the bytes without what it takes to read them."""
+    model = adapt(build("mixtral"), rank=4, quantization="4bit")
+    with pytest.raises(StorageError, match=r"holds quantized experts.*lora_kit\.save"):
+        model.get_base_model().save_pretrained(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    save(model, tmp_path / "adapter")
+
+
+def test_batch_statistics_stay_the_bases():
+    """Frozen batch normalization neither moves nor switches over when the model is put in training mode."""
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(16, 32)
+            self.norm = torch.nn.BatchNorm1d(32)
+            self.last = torch.nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.last(self.norm(self.first(x)))
+
+    base = Small()
+    x = torch.randn(9, 16)
+    expected = copy.deepcopy(base).eval()(x)
+    model = adapt(base, rank=4).train()
+    torch.testing.assert_close(model(x), expected)
+    assert model.base_model.model.norm.num_batches_tracked == 0 and not model.base_model.model.norm.training
+    assert model.base_model.model.training
 
 
 def test_endings_catch_nothing_else():

@@ -60,7 +60,8 @@ class LoRA(Method):
     where: str = "language"
     """Which tower of a multimodal model: `"language"`, `"vision"`, `"audio"` or `"all"`."""
     experts: bool = True
-    """Whether experts that a model holds as stacks of matrices, (experts, ·, ·), get one adapter each."""
+    """Whether experts that a model holds as stacks of matrices, (experts, ·, ·), get one adapter each; and the few
+    linear layers that work in a way of their own."""
     rslora: bool = False
     """Scale by alpha / √rank instead (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
     dora: bool = False
@@ -84,6 +85,9 @@ class LoRA(Method):
             raise OptionError(
                 f"lora: unknown where {self.where!r}; accepted: {listing(TOWERS)}.{nearest(self.where, TOWERS)}"
             )
+        for flag in ("experts", "rslora", "dora", "pissa"):
+            if not isinstance(getattr(self, flag), bool):
+                raise OptionError(f"lora: {flag} must be True or False, got {getattr(self, flag)!r}.")
         if not self.lora_plus > 0:
             raise OptionError(f"lora: lora_plus must be above 0, got {self.lora_plus!r}.")
         if self.dora and self.pissa:
@@ -179,8 +183,8 @@ class LoRA(Method):
         beyond = [i for i in self.new_tokens if i >= rows]
         if beyond:
             raise OptionError(
-                f"new_tokens names the id {beyond[0]}, but the model has {rows} embeddings (ids 0 to {rows - 1}). Make "
-                "room first: model.resize_token_embeddings(len(tokenizer))."
+                f"new_tokens names the id {beyond[0]}, but the model has {rows} embeddings (ids 0 to {rows - 1}). Load "
+                "the model and make room first: model.resize_token_embeddings(len(tokenizer))."
             )
         output = _own_output(model)
         if output is not None and getattr(output, "bias", None) is not None:
