@@ -15,17 +15,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
-# task → (table of architectures, auto class)
-TASKS = {
-    "causal-lm": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
-    "seq2seq-lm": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM"),
-    "classification": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForSequenceClassification"),
-    "token-classification": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "AutoModelForTokenClassification"),
-    "question-answering": ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "AutoModelForQuestionAnswering"),
-    "image-text": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
-    "speech": ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq"),
-}
-GENERATES = ("causal-lm", "seq2seq-lm", "image-text", "speech")
+from lora_kit.base import GENERATING, TASKS
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, WORDS, LABELS = 64, 4, 2, 16, 128, 128, 3
 LARGEST = 40_000_000
@@ -126,11 +116,11 @@ class CannotBuild(Exception):
 
 def architectures(task: str) -> list[str]:
     """Every model type in transformers' table for the task."""
-    return list(getattr(modeling_auto, TASKS[task][0]))
+    return list(getattr(modeling_auto, TASKS[task][1]))
 
 
 def auto_class(task: str) -> Any:
-    return getattr(transformers, TASKS[task][1])
+    return getattr(transformers, TASKS[task][0])
 
 
 def recipe(architecture: str, task: str) -> Recipe:
@@ -495,7 +485,7 @@ def batches(model: Any, config: Any, task: str) -> Any:
         # the upper half of the vocabulary holds no special tokens
         ids = torch.randint(60 if words > 64 else 3, max(words - 1, 4), (2, length), generator=draw)
         basic = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if task in GENERATES:
+        if task in GENERATING:
             basic["labels"] = ids.clone()
         elif task == "classification":
             basic["labels"] = torch.tensor([0, 2])
