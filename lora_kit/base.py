@@ -281,6 +281,11 @@ def heads_of(model: Model, missing: list[str] | None = None) -> list[str]:
     return heads + [path for path in namesakes if not within(path, [p for p in namesakes if p != path])]
 
 
+def head_for(labels: list[str]) -> dict[str, Any]:
+    """The `model_kwargs` that give a classifier one output a label."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
 def tokenizer_of(model: "nn.Module | str") -> Any:
     """The tokenizer that lies where the model came from, or None."""
     import transformers

@@ -186,11 +186,9 @@ def _base_for(
     kwargs = None
     if not isinstance(base, nn.Module):
         peft_task = getattr(config.task_type, "value", config.task_type)
-        # more than one task of ours may be PEFT's one: the first is the plainest
-        task = facts.get("task") or {theirs: ours for ours, theirs in reversed(PEFT_TASKS.items())}.get(peft_task)
-        labels = facts.get("labels")
-        if labels:
-            kwargs = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        task = facts.get("task") or {theirs: ours for ours, theirs in PEFT_TASKS.items()}.get(peft_task)
+        if facts.get("labels"):
+            kwargs = base_models.head_for(facts["labels"])
     source = base_models.examine(base, task=task, dtype=dtype, device=device, model_kwargs=kwargs)
     bits.check(source.skeleton, quantized)
     model, _ = base_models.load(source, quantized, base_models.heads_of(source.skeleton))

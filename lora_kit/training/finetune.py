@@ -170,8 +170,7 @@ def head_for(rows: rows_from.Rows) -> dict[str, Any] | None:
     """The `model_kwargs` that give a classifier one output a label."""
     if rows.kind != "classification":
         return None
-    names = dict(enumerate(rows.labels))
-    return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    return base.head_for(rows.labels)
 
 
 def build_trainer(
