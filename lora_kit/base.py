@@ -3,6 +3,7 @@
 transformers' warning lists and progress bars are left alone; what lora_kit has to say comes in one line at the end.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -281,7 +282,7 @@ def heads_of(model: Model, missing: list[str] | None = None) -> list[str]:
     return heads + [path for path in namesakes if not within(path, [p for p in namesakes if p != path])]
 
 
-def head_for(labels: list[str]) -> dict[str, Any]:
+def head_for(labels: Sequence[str]) -> dict[str, Any]:
     """The `model_kwargs` that give a classifier one output a label."""
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import tiny
 
@@ -111,6 +112,7 @@ def test_refusals_come_before_any_run(bert, data, tmp_path, monkeypatch):
         (OptionError, "unknown base '4-bit'.*'4bit'", {"quantizations": ["4-bit"]}),
         (OptionError, "full fine-tuning runs on the base 16bit only", {"methods": ["full"], "quantizations": ["4bit"]}),
         (OptionError, "at least one method", {"methods": []}),
+        (OptionError, "methods holds a VeraConfig; accepted: the words full, lora", {"methods": [peft.VeraConfig()]}),
         (OptionError, "seeds must be an integer of at least 1", {"seeds": 0}),
         (OptionError, "epochs must be above 0", {"epochs": 0}),
         (OptionError, "batch_size must be", {"batch_size": 0}),

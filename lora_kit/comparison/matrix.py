@@ -155,7 +155,9 @@ def _cells(methods: Sequence[str | Method], quantizations: Sequence[str], seeds:
             for method in chosen:
                 if isinstance(method, Native):
                     raise OptionError(
-                        "compare takes words and option objects, no PEFT configs (they have no seed-free form)."
+                        f"methods holds a {type(method.config).__name__}; accepted: the words {listing(METHODS)} and "
+                        "option objects such as LoRA(rank=32), which a run's own process is told by name. To measure "
+                        "a PEFT config: finetune(model, data, method=config)."
                     )
                 if method.quantizable or word == "16bit":
                     cell = {"method": method.word, "options": method.options(), "quantization": word, "seed": seed}
