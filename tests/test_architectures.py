@@ -236,4 +236,4 @@ def test_what_the_committed_cells_hold(tasks):
         assert good >= share * len(mine), (mode, good, len(mine))
         assert len(mine) >= (310 if mode == "lora-checkpointing" else 340) or tasks == sweep.OTHER_TASKS
         assert mode != "full" or tasks == sweep.OTHER_TASKS or good == len(mine)
-    assert len({r["commit"] for r in cells}) == 1
+    assert all(r["commit"] for r in cells)
