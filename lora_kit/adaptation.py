@@ -70,7 +70,7 @@ def adapt(
         method: `"lora"`, `"prefix"`, `"full"`, an option object such as `LoRA(rank=32)`, or any `peft.PeftConfig`.
         quantization: None, `"8bit"`, `"4bit"` (NF4, double quantization, bfloat16 compute) or a `BitsAndBytesConfig`.
             Works while loading and, layer by layer, on a model in memory, with the same quantized weights. Embeddings,
-            output head and task heads stay as they are.
+            output head, task heads, routers and maps too small to gain stay as they are; the line says what and why.
         task: what the model is for: `"causal-lm"`, `"seq2seq-lm"`, `"classification"`, `"token-classification"`,
             `"question-answering"`, `"image-text"` or `"speech"`. None: what the checkpoint says. Only for an id or
             a path.

@@ -22,10 +22,14 @@ HEAD = "heads, trained whole"
 ROUTER = "routers"
 READ = "weight read directly by the module around it"
 GROUPED = "convolutions in groups"
+CODED = "experts in a quantized format that takes no adapter"
 STATE = "blocks whose state the module around them sets"
 FOREIGN = "3-d weights that are no stack of matrices"
 BARE = "weights that a module holds without a layer around them"
 
+
+# whose linear layers are linear maps, whatever they hold
+_QUANTIZERS = ("bitsandbytes.", "transformers.integrations.", "compressed_tensors.", "torchao.")
 
 # parameters of two dimensions and more that are added or multiplied element by element
 _NO_MATRIX = re.compile(r"bias|embed|pos|A_log|scale|probe|query|norm|time_|token|static")
@@ -114,7 +118,9 @@ def _weights_of(path: str, module: Model) -> Iterator[Part]:
         if weight is None or not weight.dim() > 1 or _NO_MATRIX.search(name):
             continue
         size = stack_shape(module, name) or tuple(weight.shape)
-        if len(size) == 3 and _is_stack(module, name, size):
+        if _is_coded(module, name, weight):
+            yield Part(path, module, name, "other", size[1], 2 * weight[0, 0].numel(), size[0], reason=CODED)
+        elif len(size) == 3 and _is_stack(module, name, size):
             yield Part(path, module, name, "stack", size[1], size[2], size[0])
         elif len(size) == 2 and is_router_class(type(module)):
             yield Part(path, module, name, "other", *size, reason=ROUTER)
@@ -124,6 +130,14 @@ def _weights_of(path: str, module: Model) -> Iterator[Part]:
             yield Part(path, module, name, "other", *size, reason=BARE)
         elif len(size) == 3 and min(size) > 2 and weight.is_floating_point():
             yield Part(path, module, name, "other", size[1], size[2], size[0], reason=FOREIGN)
+
+
+def _is_coded(module: Model, name: str, weight: Model) -> bool:
+    """Whether these are experts that the checkpoint itself holds quantized (gpt-oss in MXFP4: two values a byte)."""
+    from lora_kit import stacks
+
+    plain = weight.is_floating_point() or stacks.is_packed(module, name)
+    return not plain and weight.dim() >= 3 and "expert" in type(module).__name__.lower()
 
 
 def _is_stack(module: Model, name: str, size: tuple[int, ...]) -> bool:
@@ -220,7 +234,7 @@ def _runs_its_own_forward(module: Model) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     known = type(module) in (nn.Linear, Conv1D) or any(
-        cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__
+        cls.__module__.startswith(_QUANTIZERS) for cls in type(module).__mro__
     )
     return not known and type(module).forward is not nn.Linear.forward and not _is_a_plain_product(module)
 

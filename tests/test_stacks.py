@@ -355,6 +355,20 @@ def test_quantized_experts_have_no_file(tmp_path):
     save(model, tmp_path / "adapter")
 
 
+def test_experts_that_a_checkpoint_holds_quantized(capsys):
+    """gpt-oss in MXFP4: what cannot carry an adapter is named, with its share."""
+    model = build("gpt_oss")
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        for name in ("gate_up_proj", "down_proj"):
+            count, rows, columns = getattr(experts, name).shape
+            delattr(experts, name)
+            blocks = torch.zeros(count, rows, columns // 32, 16, dtype=torch.uint8)
+            experts.register_parameter(f"{name}_blocks", torch.nn.Parameter(blocks, requires_grad=False))
+    adapt(model, rank=4)
+    assert "4 left out: experts in a quantized format that takes no adapter (8" in capsys.readouterr().err
+
+
 def test_batch_statistics_stay_the_bases():
     """Frozen batch normalization neither moves nor switches over when the model is put in training mode."""
 
