@@ -38,7 +38,7 @@ import torch  # noqa: E402
 MODES = ("lora", "lora-checkpointing", "lora-4bit", "lora-8bit", "full")
 FIRST_TASKS = ("causal-lm", "seq2seq-lm", "classification")
 OTHER_TASKS = ("token-classification", "question-answering", "image-text", "speech")
-RANK, CLOSE = 4, 1e-4
+CLOSE = 1e-4
 SCHEDULE = ((5, 1.0), (20, 2.0), (20, 0.1))  # steps and learning rates to try before a loss is called stuck
 CHECKS = {
     "trains": "finite loss, some trained tensor gets a gradient",
@@ -64,8 +64,7 @@ class LoraKit:
     def adapt(self, fresh: Callable[[], Any], mode: str, folder: Path, cls: type) -> Any:
         from lora_kit import adapt
 
-        options = {} if mode == "full" else {"rank": RANK}
-        return adapt(fresh(), mode.split("-")[0], quantization=_bits(mode), **options)
+        return adapt(fresh(), mode.split("-")[0], quantization=_bits(mode))
 
     def save(self, model: Any, folder: Path) -> None:
         from lora_kit import save
@@ -87,7 +86,7 @@ class LoraKit:
 
 
 class Peft:
-    """Plain PEFT: `target_modules="all-linear"`, its own k-bit preparation, transformers' quantized loading."""
+    """Plain PEFT with `target_modules="all-linear"` and its k-bit preparation, on transformers' quantized loading."""
 
     def __init__(self, task: str):
         from lora_kit.targets import PEFT_TASKS
@@ -118,7 +117,7 @@ class Peft:
             return model
         if _bits(mode):
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        return peft.get_peft_model(model, peft.LoraConfig(r=RANK, task_type=self.task, target_modules="all-linear"))
+        return peft.get_peft_model(model, peft.LoraConfig(task_type=self.task, target_modules="all-linear"))
 
     def save(self, model: Any, folder: Path) -> None:
         model.save_pretrained(folder)

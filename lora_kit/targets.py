@@ -47,6 +47,8 @@ class Choice:
     where: str = "language"
     probed: bool = True
     """Whether a forward pass has shown which modules are used."""
+    capped: dict[str, int] = field(default_factory=dict)
+    """Full name of a matrix with a side below the rank → that side, which is its adapter's rank."""
 
     def share(self, tower: str | None = None) -> float:
         """Share of the matmul weights that is adapted, 0 to 1; of one tower or of all."""
@@ -63,7 +65,8 @@ class Choice:
         line = f"{_count(mine, self.chosen)} ({100 * share:.1f} % of matmul weights)"
         if len(towers) > 1:
             line = f"{' and '.join(asked)}: {line}"
-        # what is a single layer's worth is said by number, the rest by weight too
+        if self.capped:
+            line += f", {len(self.capped)} of them too small for the rank, at their full rank"
         reasons = Counter(self.skipped[p.full_name] for p in mine if p.full_name in self.skipped)
         for reason, count in reasons.items():
             weight = sum(p.entries for p in mine if self.skipped.get(p.full_name) == reason)
@@ -117,14 +120,14 @@ def choose(
     Args:
         wanted: None for every linear map; or names, of which each must match; or one regular expression.
         heads: paths of modules that are trained whole and so carry no adapter.
-        rank: rank of the update, which no adapted matrix may be smaller than.
+        rank: rank of the update; a smaller matrix gets its own full rank.
         where: the tower of a multimodal model, one of `TOWERS`.
         experts: whether weights are adapted that no layer of their own can be replaced for: stacks of expert matrices.
         try_out: run the model once to see which modules are used; it needs its weights.
 
     Raises:
         TargetError: for a name that matches nothing.
-        OptionError: for a rank larger than a matrix.
+        OptionError: for a rank larger than the matrices that hold half of the weights.
         UnsupportedError: for a model without any linear layer.
     """
     parts = tuple(p for p in structure.survey(model, heads) if p.reason not in (OUTPUT, HEAD))
@@ -141,16 +144,10 @@ def choose(
     if try_out:
         probed = _skip_unused(model, parts, skipped)
     left = [p for p in parts if p.full_name not in skipped]
-    small = [p for p in left if min(p.rows, p.columns) < rank]
-    # A gate with one output is no reason to refuse a model, a rank above its real matrices is.
-    if sum(p.entries for p in small) < 0.01 * sum(p.entries for p in left):
-        skipped |= {p.full_name: f"smaller than the rank {rank}" for p in small}
-        left = [p for p in left if p.full_name not in skipped]
     if not left:
         raise UnsupportedError(
             f"{type(model).__name__} has no linear layer that could carry an adapter. Use method='full'."
         )
-    _refuse_rank(left, rank)
     return Choice(
         {p.path: p.module for p in left if p.kind == "linear"},
         tuple(p.full_name for p in left if p.kind in ("stack", "own")),
@@ -159,6 +156,7 @@ def choose(
         skipped,
         where,
         probed,
+        _capped(left, rank),
     )
 
 
@@ -185,14 +183,17 @@ def _refuse_missing_tower(model: Model, parts: tuple[Part, ...], where: str) -> 
         )
 
 
-def _refuse_rank(parts: Iterable[Part], rank: int) -> None:
-    for part in parts:
-        smaller = min(part.rows, part.columns)
-        if smaller < rank:
-            raise OptionError(
-                f"rank {rank} is larger than the matrix of {part.path!r}, {part.rows} × {part.columns}; "
-                f"accepted there: 1 to {smaller}. Choose a smaller rank, or other target_modules."
-            )
+def _capped(parts: list[Part], rank: int) -> dict[str, int]:
+    """The matrices that a rank is too large for; an error where they are no exceptions but the rule."""
+    small = [p for p in parts if min(p.rows, p.columns) < rank]
+    # a gate with one output is no reason to refuse a model, a rank above its real matrices is
+    if small and 2 * sum(p.entries for p in small) >= sum(p.entries for p in parts):
+        first, side = small[0], min(small[0].rows, small[0].columns)
+        raise OptionError(
+            f"rank {rank} is larger than the matrix of {first.path!r}, {first.rows} × {first.columns}; "
+            f"accepted there: 1 to {side}. Choose a smaller rank, or other target_modules."
+        )
+    return {p.full_name: min(p.rows, p.columns) for p in small}
 
 
 def _as_asked(model: Model, wanted: Iterable[str] | str, parts: tuple[Part, ...], rank: int) -> Choice:
@@ -203,8 +204,8 @@ def _as_asked(model: Model, wanted: Iterable[str] | str, parts: tuple[Part, ...]
     own = {f"{path}.weight" for path in matched if by_name.get(f"{path}.weight", None) in _own(parts)}
     modules = {path: m for path, m in matched.items() if path not in stacks and f"{path}.weight" not in own}
     chosen = stacks | own | {f"{path}.weight" for path in modules}
-    _refuse_rank([p for p in parts if p.full_name in chosen], rank)
-    return Choice(modules, tuple(sorted(stacks | own)), parts, frozenset(chosen), where="all")
+    capped = _capped([p for p in parts if p.full_name in chosen], rank)
+    return Choice(modules, tuple(sorted(stacks | own)), parts, frozenset(chosen), where="all", capped=capped)
 
 
 def _own(parts: tuple[Part, ...]) -> list[Part]:

@@ -38,6 +38,34 @@ def test_scale(rslora, scale):
     torch.testing.assert_close(layer(x), x @ w.T + scale * (x @ a.T @ b.T), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"pissa": True}])
+def test_small_matrices_get_their_full_rank(options, tmp_path, capsys):
+    """A matrix with a side below the rank is adapted all the same, at the same scale, and comes back from the file."""
+
+    def build():
+        torch.manual_seed(0)
+        model = tiny.build("llama")
+        for layer in model.model.layers:  # a gate with five outputs, beside larger matrices
+            layer.self_attn.v_proj = torch.nn.Sequential(
+                torch.nn.Linear(64, 5, bias=False), torch.nn.Linear(5, 32, bias=False)
+            )
+        return model
+
+    model = stir(adapt(build(), rank=16, **options))
+    assert (
+        "16 of 16 linear layers (100.0 % of matmul weights), 4 of them too small for the rank"
+        in capsys.readouterr().err
+    )
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    assert sorted({layer.r["default"] for layer in layers}) == [5, 16]
+    assert len({round(layer.scaling["default"], 9) for layer in layers}) == 1
+    expected = logits(model)
+    save(model, tmp_path)
+    torch.testing.assert_close(logits(load(tmp_path, build())), expected, rtol=0, atol=1e-4)
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path)
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-4)
+
+
 def test_dora_is_magnitude_and_direction():
     """W' = m · (W + s B A) / ‖W + s B A‖, row by row; no change at the start."""
     torch.manual_seed(0)

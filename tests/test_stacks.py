@@ -394,14 +394,22 @@ def test_batch_statistics_stay_the_bases():
 def test_endings_catch_nothing_else():
     """A path that ends like a chosen one is not adapted along with it."""
 
+    class Router(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(x)
+
     class Nested(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = torch.nn.Linear(64, 512)
-            self.inner = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 2)})
+            self.layer = torch.nn.Linear(64, 64)
+            self.inner = Router()
 
         def forward(self, x):
-            return self.inner["layer"](x) + self.layer(x).sum()
+            return self.inner(self.layer(x))
 
     model = adapt(Nested(), rank=4)
     assert [n for n, _ in model.named_parameters() if "lora_A" in n] == ["base_model.model.layer.lora_A.default.weight"]

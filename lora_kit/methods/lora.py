@@ -130,10 +130,16 @@ class LoRA(Method):
         from lora_kit.methods.native import wrap
 
         choice = self._choose(model, heads, try_out=True)
+        # PEFT's patterns name a layer by its path, a parameter that is adapted by itself in full
+        paths = {f"{path}.weight": path for path in choice.modules}
+        capped = {paths.get(name, name): side for name, side in choice.capped.items()}
         config = LoraConfig(
             task_type=targets.peft_task(model, heads),
             r=self.rank,
             lora_alpha=self.alpha_value,
+            rank_pattern=capped,
+            # the same scale everywhere, whatever the rank
+            alpha_pattern={name: self.alpha_value * self._scale(side) for name, side in capped.items()},
             lora_dropout=self.dropout,
             target_modules=sorted(choice.modules),
             target_parameters=list(choice.parameters) or None,
@@ -148,10 +154,14 @@ class LoRA(Method):
         )
         adapted = wrap(model, config, name, exactly=True)
         sharing.share_adapters(adapted, name)
-        _confirm(adapted, choice)
+        _confirm(adapted, {name: capped.get(name, self.rank) for name in (*choice.modules, *choice.parameters)})
         if self.pissa:
             sharing.remember_start(adapted, name)
         return Attached(adapted, choice.coverage(), choice.share(), dict(choice.skipped))
+
+    def _scale(self, rank: int) -> float:
+        """What alpha must be multiplied by at another rank for the update's scale to stay."""
+        return (rank / self.rank) ** (0.5 if self.rslora else 1)
 
     def _choose(self, model: Model, heads: list[str], *, try_out: bool = False) -> "Choice":
         from lora_kit import targets
@@ -235,20 +245,22 @@ def _caught_by_ending(model: Model, chosen: Iterable[str]) -> list[str]:
     return caught
 
 
-def _confirm(adapted: Model, choice: "Choice") -> None:
-    """Every chosen weight carries an adapter now, and no other does."""
+def _confirm(adapted: Model, wanted: dict[str, int]) -> None:
+    """Every chosen weight carries an adapter of its rank now, and no other does."""
     from peft.tuners.lora.layer import LoraLayer
 
     from lora_kit.stacks import AdaptedParameter
 
-    found = set()
+    found: dict[str, int] = {}
     for path, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
             clean = path.replace(".base_layer", "")
-            found.add(f"{clean}.{layer.parameter_name}" if isinstance(layer, AdaptedParameter) else clean)
-    wanted = set(choice.modules) | set(choice.parameters)
+            own = f"{clean}.{layer.parameter_name}" if isinstance(layer, AdaptedParameter) else clean
+            found[own] = next(iter(layer.r.values()))
     if found != wanted:
+        more = sorted(f"{name} (rank {rank})" for name, rank in found.items() if wanted.get(name) != rank)
+        less = sorted(f"{name} (rank {rank})" for name, rank in wanted.items() if found.get(name) != rank)
         raise UnsupportedError(
-            f"PEFT adapted {listing(sorted(found - wanted) or ['nothing'], 3)} besides, and left out "
-            f"{listing(sorted(wanted - found) or ['nothing'], 3)}. Name the layers with target_modules=."
+            f"PEFT adapted {listing(more or ['nothing'], 3)} besides, and left out {listing(less or ['nothing'], 3)}. "
+            "Name the layers with target_modules=."
         )

@@ -106,6 +106,8 @@ def wrap(model: Model, config: Any, name: str, *, exactly: bool = False) -> Mode
         warnings.filterwarnings("ignore", category=FutureWarning, module="peft|transformers")
         # each layer gets the layout that it has, whatever the config says
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", module="peft")
+        # PEFT looks among the modules alone for what a pattern of ranks names
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", module="peft")
         adapted = get_peft_model(model, config, adapter_name=name)
     stacks.adapt_parameters_(adapted)
     train_heads_in_float32(adapted, name)

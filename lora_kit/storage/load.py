@@ -171,6 +171,9 @@ def _as_modules(config: Any, model: Model) -> None:
         return
     config.target_modules = {*(config.target_modules or ()), *modules}
     config.target_parameters = [name for name in named if name not in plain] or None
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        for name in set(pattern) & set(plain):
+            pattern[plain[name]] = pattern.pop(name)
 
 
 def _base_for(

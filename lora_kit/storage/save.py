@@ -107,6 +107,8 @@ def _move_to_the_unchanged_base(model: Model, folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     grown = 2**0.5 if config["use_rslora"] else 2
     config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": grown * config["lora_alpha"]}
+    config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    config["alpha_pattern"] = {name: grown * alpha for name, alpha in config["alpha_pattern"].items()}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
@@ -132,6 +134,8 @@ def _name_what_peft_would_rename(model: Model, name: str, folder: Path) -> None:
     paths = [path for path in sharing.adapted_modules(model) if any(path == t or path.endswith(f".{t}") for t in lost)]
     config["target_modules"] = sorted(set(config["target_modules"]) - lost)
     config["target_parameters"] = [*(config["target_parameters"] or []), *(f"{path}.weight" for path in paths)]
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        config[pattern] = {f"{key}.weight" if key in paths else key: value for key, value in config[pattern].items()}
     file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
