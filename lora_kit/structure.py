@@ -223,9 +223,7 @@ def _is_router(path: str, module: Model, parent: Model, experts: dict[str, set[i
     """A linear map with one output per expert, beside the experts; or one that calls itself a router."""
     if is_router_class(type(module)) or (parent is not None and is_router_class(type(parent))):
         return True
-    rows, _ = shape(module)
-    above = path.rpartition(".")[0]
-    return any(rows in experts.get(place, ()) for place in (above, above.rpartition(".")[0]))
+    return shape(module)[0] in experts.get(path.rpartition(".")[0], ())
 
 
 def _runs_its_own_forward(module: Model) -> bool:
@@ -300,7 +298,7 @@ class Towers:
     """
 
     def __init__(self, model: Model):
-        self._roots: list[tuple[str, str]] = []
+        self._roots: dict[str, str] = {}
         config: Any = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         senses = [key for key, value in vars(config).items() if hasattr(value, "to_dict")] if config else []
@@ -311,18 +309,18 @@ class Towers:
             if path and hasattr(module, "config"):
                 kind = _modality(module, text)
                 if kind:
-                    self._roots.append((path, kind))
-        if not any(kind == "language" for _, kind in self._roots):
-            self._roots.append(("", "language"))
-        self._roots.sort(key=lambda root: -len(root[0]))
-        others = sorted({kind for _, kind in self._roots if kind != "language"})
+                    self._roots[path] = kind
+        others = sorted(set(self._roots.values()) - {"language"})
         # what joins the towers goes with the one that it serves
-        self._rest = others[0] if others else "language"
+        named = "language" in self._roots.values()
+        self._roots[""] = others[0] if others and named else "language"
 
     def of(self, path: str) -> str:
         if not self.several:
             return "language"
-        return next((kind for root, kind in self._roots if not root or within(path, [root])), self._rest)
+        while path not in self._roots:
+            path = path.rpartition(".")[0]
+        return self._roots[path]
 
 
 def _modality(module: Model, text: object) -> str | None:

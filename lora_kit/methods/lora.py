@@ -49,7 +49,7 @@ class LoRA(Method):
     }
 
     rank: int = 16
-    """Rank of the update; at most the smaller side of each adapted matrix."""
+    """Rank of the update. A matrix with a smaller side gets that side's, where such are the exception."""
     alpha: float | None = None
     """Scale of the update is alpha / rank (alpha / √rank with `rslora`). None: twice the rank."""
     dropout: float = 0.0
