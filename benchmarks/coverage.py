@@ -433,16 +433,20 @@ def forked(job: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any]:
         return json.loads(text) if text else {"status": "error", "reason": "the process died"}
 
 
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["library"], row["task"], row["architecture"], row["mode"]
+
+
 def sweep(
-    library: str, tasks: list[str], modes: list[str], only: list[str], rows: Path, share: tuple[int, int]
+    library: str, tasks: list[str], modes: list[str], only: list[str], rows: Path, share: tuple[int, int], again: bool
 ) -> None:
-    """Run every cell that has no row yet; `share` is (this worker, workers)."""
+    """Run every cell that has no row yet, or each `again`; `share` is (this worker, workers)."""
     import bitsandbytes  # noqa: F401 (imported once, before the cells fork)
     import peft  # noqa: F401
 
     from lora_kit import adapt, load, save  # noqa: F401
 
-    done = {(r["library"], r["task"], r["architecture"], r["mode"]) for r in read(rows)}
+    done = set() if again else {_key(r) for r in read(rows)}
     everything = [(task, arch) for task in tasks for arch in tiny.architectures(task) if not only or arch in only]
     commit = provenance()["commit"]
     for task, architecture in everything[share[0] :: share[1]]:
@@ -485,7 +489,8 @@ FIELDS += ("seconds", "commit")
 
 def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
     """The rows as CSV, in order; what is no single value is JSON."""
-    rows = sorted(rows, key=lambda r: (r["library"], r["task"], r["architecture"], r["mode"]))
+    latest = {_key(row): row for row in rows}
+    rows = [latest[key] for key in sorted(latest)]
     with file.open("w", newline="") as stream:
         table = csv.DictWriter(stream, FIELDS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
@@ -580,6 +585,7 @@ def main() -> None:
     parser.add_argument("--output", default=str(ROOT / "benchmarks/results/coverage"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--again", action="store_true", help="run cells anew that have a row")
     parser.add_argument("--report", action="store_true", help="only write the tables")
     options = parser.parse_args()
     folder = Path(options.output)
@@ -589,7 +595,15 @@ def main() -> None:
         torch.set_num_threads(1)
         share = tuple(int(x) for x in options.worker.split("/"))
         only = [a for a in options.archs.split(",") if a]
-        sweep(options.library, options.tasks.split(","), options.modes.split(","), only, rows, (share[0], share[1]))
+        sweep(
+            options.library,
+            options.tasks.split(","),
+            options.modes.split(","),
+            only,
+            rows,
+            (share[0], share[1]),
+            options.again,
+        )
         return
     if not options.report:
         workers = [

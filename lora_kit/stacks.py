@@ -4,9 +4,10 @@ A stack is one parameter of shape (experts, ·, ·), so neither bitsandbytes nor
 weight of a linear layer with a forward of its own is treated the same way. Packed, the parameter holds bytes, and the
 dense stack stands in its place while the module that owns it runs. Adapted, PEFT's `ParamWrapper` holds `A` and `B`,
 and `W + (alpha / rank) · B A` stands in its place. Both ways an attribute of the one instance is covered for the time
-of one forward; there is no parametrization.
+of one forward; there is no parametrization. The dense stacks are made again for the backward pass, not kept for it.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from lora_kit.errors import CannotMergeError, StorageError
+from lora_kit.lean.rebuilt import not_kept
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 _PACKED = "lora_kit_packed"
+_GUARDS = "lora_kit_guards"
 
 
 class Packed:
@@ -122,9 +125,14 @@ def _unpack_before(module: nn.Module, inputs: tuple) -> None:
         # an adapter may have put its sum there already
         if name not in module.__dict__:
             module.__dict__[name] = dense(module, name)
+            guard = not_kept(module.__dict__[name], functools.partial(dense, module, name), module, name)
+            guard.__enter__()
+            module.__dict__.setdefault(_GUARDS, []).append(guard)
 
 
 def _drop_after(module: nn.Module, inputs: tuple, output: Any) -> None:
+    for guard in reversed(module.__dict__.pop(_GUARDS, [])):
+        guard.__exit__(None, None, None)
     for name in module.__dict__[_PACKED]:
         module.__dict__.pop(name, None)
 
@@ -160,12 +168,18 @@ class AdaptedParameter(ParamWrapper):
         if not names:
             yield
             return
-        weight = dense(layer, self.parameter_name)
-        for name in names:
-            weight = self._sum(weight, name)
-        layer.__dict__[self.parameter_name] = weight
+
+        def summed() -> torch.Tensor:
+            weight = dense(layer, self.parameter_name)
+            for name in names:
+                weight = self._sum(weight, name)
+            return weight
+
+        layer.__dict__[self.parameter_name] = weight = summed()
         try:
-            yield
+            with not_kept(weight, summed, layer, self.parameter_name):
+                del weight
+                yield
         finally:
             layer.__dict__.pop(self.parameter_name, None)
 

@@ -1,5 +1,6 @@
 """Stacks of expert matrices, adapted and packed, against plain torch and against PEFT's own wrapper."""
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -191,7 +192,7 @@ def test_in_place_equals_loading(architecture, base, tmp_path):
 def moe(layers=3):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=64,
+        vocab_size=128,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=layers,
@@ -225,6 +226,33 @@ def test_peak_while_loading_in_4_bit(tmp_path, monkeypatch):
     with PeakBytes("cpu", []) as memory:
         adapt(str(tmp_path), rank=4, quantization="4bit", target_modules=["q_proj"])
     assert 0.25 * size < memory.peak < 0.75 * size, memory.peak / size
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("base", [None, "8bit", "4bit"])
+def test_dense_stacks_are_not_kept_for_the_backward_pass(base, adapted, monkeypatch):
+    """A step on more layers needs their packed stacks more, not their dense ones; and the gradients are the same."""
+
+    def step(kept):
+        torch.manual_seed(0)
+        model = moe(layers=5).float()
+        targets = None if adapted else ["q_proj"]
+        model = stir(adapt(model, rank=4, quantization=base, target_modules=targets)).train()
+        with monkeypatch.context() as patch:
+            if kept:
+                patch.setattr(stacks, "not_kept", lambda *_: contextlib.nullcontext())
+            gc.collect()
+            with PeakBytes("cpu", [*model.parameters(), *model.buffers()]) as memory:
+                _, found = gradients(model)
+        return memory.peak, {name: gradient.clone() for name, gradient in found.items()}
+
+    lean, gradient = step(kept=False)
+    plain, wanted = step(kept=True)
+    stack = 4 * 3 * 128 * 256 * 4
+    layers = 5 if adapted or base else 0
+    assert lean <= plain - (layers - 2) * stack, (plain - lean) / stack
+    for name in wanted:
+        torch.testing.assert_close(gradient[name], wanted[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_8_bit_inputs_of_four_dimensions():
