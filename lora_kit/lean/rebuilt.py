@@ -38,8 +38,8 @@ def not_kept(dense: torch.Tensor, make: Callable[[], torch.Tensor], owner: objec
     `torch.compile` nothing is done.
     """
     address = dense.untyped_storage().data_ptr() if dense.device.type != "meta" else 0
-    outside = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    foreign = outside is not None and outside[1] is not _unpack
+    known, outside = _hooks_outside()
+    foreign = not known or (outside is not None and outside[1] is not _unpack)
     if not torch.is_grad_enabled() or not address or foreign or torch.compiler.is_compiling():
         yield
         return
@@ -54,6 +54,12 @@ def not_kept(dense: torch.Tensor, make: Callable[[], torch.Tensor], owner: objec
     del dense
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         yield
+
+
+def _hooks_outside() -> tuple[bool, Any]:
+    """(whether torch says, the innermost hooks that are at work or None)."""
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return ask is not None, ask(True) if ask is not None else None
 
 
 def _unpack(kept: Any) -> torch.Tensor:
