@@ -265,14 +265,19 @@ def heads_of(model: Model, missing: list[str] | None = None) -> list[str]:
 
     A head is known by its place: in a model for a task other than language modelling, everything beside the backbone.
     """
+    from torch import nn
+    from transformers import PreTrainedModel
+
     from lora_kit.structure import within
 
     backbone = getattr(model, "base_model_prefix", "")
     heads: list[str] = []
     task = task_of(model)
-    if task is not None and task not in GENERATING and hasattr(model, backbone):
+    if task is not None and task not in GENERATING:
         for name, child in model.named_children():
-            if name != backbone and any(True for _ in child.parameters()):
+            # T5 for question answering has its encoder and decoder beside the head, and no backbone around them
+            body = name == backbone if hasattr(model, backbone) else isinstance(child, PreTrainedModel | nn.Embedding)
+            if not body and any(True for _ in child.parameters()):
                 heads.append(name)
     for path in missing or []:
         if path and not within(path, heads):

@@ -50,6 +50,7 @@ CHOSEN = {
     ("token-classification", "squeezebert"): "convolutions of width 1 for linear layers",
     ("question-answering", "albert"): "one layer run many times",
     ("question-answering", "big_bird"): "a head inside a head",
+    ("question-answering", "t5"): "a head without a backbone",
     ("image-text", "blip"): "arguments of text that are passed on where none is taken",
     ("image-text", "pp_formulanet"): "input embeddings that cannot be asked for",
     ("image-text", "qwen2_vl"): "several towers",
