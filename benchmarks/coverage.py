@@ -1,6 +1,6 @@
 """Which of transformers' architectures train, by method and base: one tiny random model each, one process a cell.
 
-    python benchmarks/coverage.py                                      # everything, resumed where it stopped
+    python benchmarks/coverage.py                                      # everything, resumed where it stopped (1 h)
     python benchmarks/coverage.py --library peft                       # plain PEFT with "all-linear", same checks
     python benchmarks/coverage.py --tasks causal-lm --archs mixtral    # one architecture, in seconds
     python benchmarks/coverage.py --report                             # the table from the rows at hand
@@ -587,7 +587,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join((*FIRST_TASKS, *OTHER_TASKS)))
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--archs", default="", help="comma-separated model types; default: all")
-    parser.add_argument("--output", default=str(ROOT / "benchmarks/results/coverage"))
+    parser.add_argument("--output", default="runs/coverage", help="folder for rows and tables")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--again", action="store_true", help="run cells anew that have a row")
