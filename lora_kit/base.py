@@ -175,6 +175,10 @@ def _examine_path(
         config = transformers.AutoConfig.from_pretrained(path, **from_config)
     except (OSError, ValueError) as error:
         raise OptionError(f"no model found for {path!r}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what transformers' configs raise when they check themselves is of no common kind
+        raise OptionError(
+            f"transformers refuses the config of {path!r}: {' '.join(str(error).split())[:300]}"
+        ) from None
     names = config.architectures or []
     found = task_of_class(names, encoder_decoder=bool(config.is_encoder_decoder))
     task = task or found

@@ -1,7 +1,9 @@
 """adapt × save × load over methods, bases and families; and every refusal, with its text."""
 
+import json
 import os
 import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -426,6 +428,15 @@ def test_unknown_quantization_and_task(models):
     path = tiny.on_disk("llama", models)
     refused(OptionError, "unknown task 'chat'", "causal-lm", model=path, task="chat")
     refused(OptionError, "unknown dtype 'fp16'", "float16", model=path, dtype="fp16")
+
+
+def test_a_config_that_checks_itself(tmp_path):
+    """What transformers' own validation raises comes as one clear error."""
+    path = Path(tiny.on_disk("llama", tmp_path))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 7}))
+    with pytest.raises(OptionError, match=r"transformers refuses the config of .*not a multiple of the number of att"):
+        adapt(str(path))
 
 
 def test_what_is_no_model(tmp_path):
