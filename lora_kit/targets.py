@@ -50,9 +50,9 @@ class Choice:
     capped: dict[str, int] = field(default_factory=dict)
     """Full name of a matrix with a side below the rank → that side, which is its adapter's rank."""
 
-    def share(self, tower: str | None = None) -> float:
-        """Share of the matmul weights that is adapted, 0 to 1; of one tower or of all."""
-        parts = [p for p in self.parts if tower in (None, p.tower)]
+    def share(self, towers: Iterable[str] = TOWERS) -> float:
+        """Share of these towers' matmul weights that is adapted, 0 to 1."""
+        parts = [p for p in self.parts if p.tower in towers]
         total = sum(p.entries for p in parts)
         return sum(p.entries for p in parts if p.full_name in self.chosen) / total if total else 0.0
 
@@ -61,8 +61,7 @@ class Choice:
         towers = list(dict.fromkeys(p.tower for p in self.parts))
         asked = [t for t in towers if self.where in ("all", t)] or towers
         mine = [p for p in self.parts if p.tower in asked]
-        share = sum(p.entries for p in mine if p.full_name in self.chosen) / max(sum(p.entries for p in mine), 1)
-        line = f"{_count(mine, self.chosen)} ({100 * share:.1f} % of matmul weights)"
+        line = f"{_count(mine, self.chosen)} ({100 * self.share(asked):.1f} % of matmul weights)"
         if len(towers) > 1:
             line = f"{' and '.join(asked)}: {line}"
         if self.capped:
