@@ -35,7 +35,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 import architectures as tiny  # noqa: E402 (the settings above must come first)
 import torch  # noqa: E402
 
-MODES = ("lora", "lora-checkpointing", "lora-4bit", "lora-8bit", "full")
+MODES = ("lora", "lora-checkpointing", "lora-4bit", "lora-8bit", "full", "prefix", "prefix-checkpointing")
+VIRTUAL_TOKENS = 4
+# architectures in which no token attends to another: a prefix has no place
+WITHOUT_ATTENTION = ("falcon_mamba", "fnet", "mamba", "mamba2", "rwkv")
 FIRST_TASKS = ("causal-lm", "seq2seq-lm", "classification")
 OTHER_TASKS = ("token-classification", "question-answering", "image-text", "speech")
 CLOSE = 1e-4
@@ -50,6 +53,7 @@ CHECKS = {
     "checkpointing": "with checkpointing the gradients equal those without (1e-3), where transformers has it",
     "coverage": "95 % of the language model's matmul weights adapted, or a stated reason for each that is not",
     "quantized": "in 4 and 8 bit: 90 % of the matmul weights quantized, or a stated reason for each that is not",
+    "plain PEFT": "a prefix that is said to be readable by plain PEFT gives equal logits there (1e-4)",
     "merges": "merged in memory: equal logits (1e-3)",
 }
 # parameters of two dimensions that are no matrices: added or multiplied element by element
@@ -64,7 +68,9 @@ class LoraKit:
     def adapt(self, fresh: Callable[[], Any], mode: str, folder: Path, cls: type) -> Any:
         from lora_kit import adapt
 
-        return adapt(fresh(), mode.split("-")[0], quantization=_bits(mode))
+        method = mode.split("-")[0]
+        options = {"num_virtual_tokens": VIRTUAL_TOKENS} if method == "prefix" else {}
+        return adapt(fresh(), method, quantization=_bits(mode), **options)
 
     def save(self, model: Any, folder: Path) -> None:
         from lora_kit import save
@@ -117,6 +123,9 @@ class Peft:
             return model
         if _bits(mode):
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if mode.startswith("prefix"):
+            config = peft.PrefixTuningConfig(task_type=self.task, num_virtual_tokens=VIRTUAL_TOKENS)
+            return peft.get_peft_model(model, config)
         return peft.get_peft_model(model, peft.LoraConfig(task_type=self.task, target_modules="all-linear"))
 
     def save(self, model: Any, folder: Path) -> None:
@@ -164,7 +173,8 @@ class Cell:
             self.row["reason"] = f"{type(error).__name__}: {first}"[:300]
             self.row["failed"] = self.failed
             self.row["where"] = f"{Path(where.filename).name}:{where.lineno} {where.name}"
-            if isinstance(error, Unsupported):
+            nowhere = self.recipe.architecture in WITHOUT_ATTENTION and self.mode.startswith("prefix")
+            if isinstance(error, Unsupported) or nowhere:
                 self.row["status"] = "unsupported"
         return {**self.row, "seconds": round(time.perf_counter() - start, 2)}
 
@@ -182,7 +192,7 @@ class Cell:
         on_disk = self.folder / "base"
         if not on_disk.exists() and isinstance(self.library, Peft) and _bits(mode):
             base.save_pretrained(on_disk)
-        if mode == "lora-checkpointing" and not base.supports_gradient_checkpointing:
+        if mode.endswith("-checkpointing") and not base.supports_gradient_checkpointing:
             raise Unsupported("transformers has no gradient checkpointing for this class")
         wanted = self._weights_with_gradients(base) if mode.startswith("lora") else set()
         row["stage"] = "adapt"
@@ -190,7 +200,7 @@ class Cell:
         if mode == "full":
             model.float()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        adapters = [name for name in trained if mode == "full" or "lora_" in name]
+        adapters = [name for name in trained if mode == "full" or "lora_" in name or "prompt_encoder" in name]
         frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
         if mode.startswith("lora"):
             self._coverage(model, base)
@@ -206,7 +216,9 @@ class Cell:
         row |= {"loss_before": before, "loss_after": after, "adapter_tensors": len(adapters)}
         self.check("trains", any(name in reached for name in adapters))
         self.check("falls", after < before - 1e-6)
-        if mode != "full":
+        if mode.startswith("prefix"):
+            self._prefix(model)
+        elif mode != "full":
             silent = [name for name in adapters if name not in reached and _weight_of(name) in wanted]
             row["without_gradient"] = sorted({_short(name) for name in silent})[:6]
             self.check("every adapter", not silent)
@@ -229,6 +241,9 @@ class Cell:
         row["stage"] = "evaluation"  # there has been one by now
         row["evaluation_difference"] = _distance(first, self._gradient(model, trained))
         self.check("evaluation", row["evaluation_difference"] <= 10 * noise + 1e-6)
+        if row.get("plain_peft") == "equal":
+            row["stage"] = "plain PEFT"
+            self._in_plain_peft(fresh, saved, expected)
         if mode == "lora":
             row["stage"] = "merge"
             model.eval()
@@ -292,7 +307,7 @@ class Cell:
         """(gradients, how far two passes are apart); with checkpointing they must be the same."""
         first = self._gradient(model, trained)
         noise = _distance(first, self._gradient(model, trained))
-        if self.mode == "lora-checkpointing":
+        if self.mode.endswith("-checkpointing"):
             self.row["stage"] = "checkpointing"
             _checkpoint(model, True)
             if not any(bool(getattr(m, "gradient_checkpointing", False)) for m in model.modules()):
@@ -300,7 +315,45 @@ class Cell:
             self.row["checkpointing_difference"] = _distance(first, self._gradient(model, trained))
             self.check("checkpointing", self.row["checkpointing_difference"] <= 10 * noise + 1e-3)
             _checkpoint(model, False)
+            if isinstance(self.library, LoraKit) and self.mode.startswith("prefix"):
+                self.row["stage"] = "checkpointing before"
+                other = self._checkpointed_before(model)
+                held = {name: p for name, p in other.named_parameters() if p.requires_grad}
+                self.row["checkpointing_difference"] = max(
+                    self.row["checkpointing_difference"], _distance(first, self._gradient(other, held))
+                )
+                self.check("checkpointing", self.row["checkpointing_difference"] <= 10 * noise + 1e-3)
         return first, noise
+
+    def _checkpointed_before(self, model: Any) -> Any:
+        """The same trained model, whose base had checkpointing switched on before it was adapted."""
+        base = self.recipe.build()
+        _checkpoint(base, True)
+        other = self.library.adapt(lambda: base, self.mode, self.folder, type(base))
+        other.load_state_dict(model.state_dict())
+        return other
+
+    def _prefix(self, model: Any) -> None:
+        """Every attention's own part of the prefix must be reached."""
+        if not isinstance(self.library, LoraKit):
+            return
+        from lora_kit import attention, insertion
+
+        weight = model.prompt_encoder["default"].embedding.weight
+        sites = attention.find(self.recipe.build()).sites
+        self.row["sites"] = len(sites)
+        self.row["plain_peft"] = model.lora_kit_record.facts["prefix"]["plain_peft"]
+        parts = weight.grad.split([site.size for site in sites] + [weight.shape[1] - sum(s.size for s in sites)], 1)
+        silent = [site.path for site, part in zip(sites, parts, strict=False) if not part.any()]
+        self.row["without_gradient"] = sorted({_short(path) for path in silent})[:6]
+        self.check("every adapter", not silent)
+
+    def _in_plain_peft(self, fresh: Callable[[], Any], saved: Path, expected: torch.Tensor) -> None:
+        import peft
+
+        plain = peft.PeftModel.from_pretrained(fresh(), saved).eval()
+        self.row["plain_peft_difference"] = float((tiny.logits_of(plain, self.recipe.batch) - expected).abs().max())
+        self.check("plain PEFT", self.row["plain_peft_difference"] <= CLOSE)
 
     def _coverage(self, model: Any, base: Any) -> None:
         """Counted here once more, from the modules: what is adapted, and what is left out without a word."""
@@ -481,7 +534,7 @@ def write(rows: Path, row: dict[str, Any]) -> None:
 
 
 FIELDS = ("library", "task", "architecture", "mode", "status", "failed", "stage", "reason", "share", "quantized_share")
-FIELDS += ("stacks",)
+FIELDS += ("stacks", "sites", "plain_peft")
 COUNTS = ("left_out", "unquantized", "without_gradient")
 FIELDS += (*COUNTS, "reload_difference", "merge_difference", "evaluation_difference", "checkpointing_difference")
 FIELDS += ("seconds", "commit")

@@ -46,6 +46,8 @@ class Record:
     """Matmul weight of the base → why it carries no adapter."""
     unquantized: dict[str, str] = field(default_factory=dict)
     """Matmul weight of a quantized base → why it is not quantized."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the method adds to the saved folder's manifest."""
 
 
 def adapt(
@@ -127,6 +129,7 @@ def adapt(
         heads=tuple(heads),
         coverage=attached.share if chosen.word == "lora" else None,
         left_out=attached.left_out,
+        facts=attached.facts,
         unquantized=staying.skipped if staying else {},
     )
     attached.model.lora_kit_record = record

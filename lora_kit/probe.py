@@ -25,10 +25,8 @@ def used(model: Model, candidates: dict[str, Model]) -> set[str] | None:
 
     if not candidates or not hasattr(model, "config") or any(p.is_meta for p in model.parameters()):
         return None
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with _unchanged(model), _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad():
-        torch.manual_seed(0)
-        for inputs in _inputs(model):
+    with trial(model):
+        for inputs in trial_inputs(model):
             marks: dict[str, list[torch.Tensor]] = {path: [] for path in candidates}
             called: set[str] = set()
             hooks = [module.register_forward_hook(_marker(marks[path])) for path, module in candidates.items()]
@@ -61,7 +59,7 @@ def stops_gradients(model: Model) -> bool:
     heads = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
     with _unchanged(model), _frozen(heads), torch.random.fork_rng(devices), torch.enable_grad():
         model.train()
-        for inputs in _inputs(inner):
+        for inputs in trial_inputs(inner):
             try:
                 output = model(**inputs)
             except Exception:  # as above
@@ -142,6 +140,17 @@ def _idle_siblings(model: Model, candidates: set[str], reached: set[str], called
 
 
 @contextmanager
+def trial(model: Model) -> Iterator[None]:
+    """Evaluation mode, frozen parameters and a fixed random state inside; outside everything is as it was before."""
+    import torch
+
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with _unchanged(model), _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad():
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
 def _unchanged(model: Model) -> Iterator[None]:
     """Modes, and whatever modules keep on themselves from one call to the next, are put back afterwards."""
     before = {module: dict(vars(module)) for module in model.modules()}
@@ -188,23 +197,29 @@ def _as_it_was(model: Model) -> Iterator[None]:
             module.state.CB = module.state.SCB = None
 
 
-def _inputs(model: Model) -> Iterator[dict[str, Any]]:
-    """Inputs that a model of text may take, the most ordinary first; then with an image or sound beside them."""
+def trial_inputs(model: Model, text: "list[int] | None" = None) -> Iterator[dict[str, Any]]:
+    """Inputs that a model of text may take, the most ordinary first; then with an image or sound beside them.
+
+    Two rows of random tokens, or twice the token ids of a text, again and again where it is shorter than the row.
+    """
     import torch
 
     config = model.config
     takes = inspect.signature(model.forward).parameters
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     device = next(model.parameters()).device
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    vocabulary = getattr(text, "vocab_size", None) or 100
+    vocabulary = getattr(inner, "vocab_size", None) or 100
     special = {v for k, v in vars(config).items() if k.endswith(("_id", "_index")) and isinstance(v, int)}
-    special |= {v for k, v in vars(text).items() if k.endswith(("_id", "_index")) and isinstance(v, int)}
+    special |= {v for k, v in vars(inner).items() if k.endswith(("_id", "_index")) and isinstance(v, int)}
     plain = [i for i in range(vocabulary if isinstance(vocabulary, int) else 100) if i not in special] or [0]
-    sound = getattr(config, "num_mel_bins", None) or getattr(text, "num_mel_bins", None) or 80
-    for length in (8, 16, 64):
-        ids = torch.tensor(plain, device=device)[torch.randint(len(plain), (2, length), device=device)]
-        end = getattr(text, "eos_token_id", None)
+    sound = getattr(config, "num_mel_bins", None) or getattr(inner, "num_mel_bins", None) or 80
+    for length in (8, 16, 64) if text is None else (len(text) + 1, *(n for n in (64, 128, 256) if n > len(text) + 1)):
+        if text is None:
+            ids = torch.tensor(plain, device=device)[torch.randint(len(plain), (2, length), device=device)]
+        else:
+            ids = torch.tensor([(text * length)[:length]] * 2, device=device)
+        end = getattr(inner, "eos_token_id", None)
         if isinstance(end, int) and end < vocabulary:
             ids[:, -1] = end  # some classifiers read the state of the last one
         basic: dict[str, Any] = {}

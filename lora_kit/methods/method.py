@@ -44,6 +44,8 @@ class Attached:
     """Share of the matmul weights that is trained or adapted, 0 to 1."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Weight → why it is neither."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the saved folder's manifest has to say beyond the options."""
 
 
 @dataclass(frozen=True)

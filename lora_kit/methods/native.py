@@ -66,9 +66,7 @@ class Native(Method):
                     f"modules_to_save names {module!r}, which matches no module of {type(model).__name__}; "
                     "correct the name in the config."
                 )
-        if self.config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
-            from lora_kit.methods.prefix import refuse_checkpointing
-
+        if self.config.peft_type.value in IN_THE_CACHE:
             refuse_checkpointing(model)
 
     def attach(self, model: Model, heads: list[str], name: str) -> Attached:
@@ -84,7 +82,35 @@ class Native(Method):
                 f"{type(config).__name__} has no modules_to_save, so the head {heads[0]!r} could be neither trained "
                 "nor saved. Use method='lora'."
             )
-        return Attached(wrap(model, config, name), f"as {type(config).__name__} says")
+        adapted = wrap(model, config, name)
+        if config.peft_type.value in IN_THE_CACHE:
+            refuse_later_checkpointing(model)
+        return Attached(adapted, f"as {type(config).__name__} says")
+
+
+# PEFT's types whose trained keys and values travel in the key/value cache
+IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+CHECKPOINTING = (
+    "a prefix from a PEFT config travels in the key/value cache, which gradient checkpointing drops, so it would crash "
+    "or train nothing. Switch checkpointing off, or use method='prefix', whose prefix works inside attention."
+)
+
+
+def refuse_checkpointing(model: Model) -> None:
+    """Raise if the model recomputes its activations."""
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        raise UnsupportedError(CHECKPOINTING)
+
+
+def refuse_later_checkpointing(model: Model) -> None:
+    """Make `model.gradient_checkpointing_enable()`, which trainers call, raise from now on: this instance only."""
+    for enable in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
+        if hasattr(model, enable):
+            setattr(model, enable, _raise_checkpointing)
+
+
+def _raise_checkpointing(*_args: object, **_kwargs: object) -> None:
+    raise UnsupportedError(CHECKPOINTING)
 
 
 def wrap(model: Model, config: Any, name: str, *, exactly: bool = False) -> Model:
@@ -113,14 +139,9 @@ def wrap(model: Model, config: Any, name: str, *, exactly: bool = False) -> Mode
     train_heads_in_float32(adapted, name)
     _keep_statistics(adapted)
     _train_tokens_in_float32(adapted, name)
-    if config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
-        from lora_kit.methods.prefix import refuse_later_checkpointing
-
-        refuse_later_checkpointing(model)
-    else:
-        _let_inputs_be_changed_in_place(model)
-        if not config.inference_mode and probe.stops_gradients(adapted):
-            model.enable_input_require_grads()
+    _let_inputs_be_changed_in_place(model)
+    if not config.is_prompt_learning and not config.inference_mode and probe.stops_gradients(adapted):
+        model.enable_input_require_grads()
     return adapted
 
 

@@ -1,19 +1,21 @@
-"""Prefix tuning: trained keys and values in front of each layer's own, by PEFT."""
+"""Prefix tuning: trained keys and values in front of each layer's own, inside attention."""
 
 import dataclasses
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lora_kit.errors import OptionError, UnsupportedError
-from lora_kit.messages import quiet, say
+from lora_kit.errors import OptionError, UnsupportedError, listing
+from lora_kit.messages import quiet
 from lora_kit.methods.method import Attached, Method, Rate, positive_integer
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
 
-TASKS = ("causal-lm", "seq2seq-lm", "classification")
+    from lora_kit.attention import Found, Site
+
+ROLES = ("decoder", "encoder", "cross")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,10 @@ class Prefix(Method):
     """Train keys and values that every layer's attention sees in front of its own; the base stays frozen.
 
     `softmax(q [P_k; K]ᵀ / √d) [P_v; V]`, with P_k and P_v of shape (num_virtual_tokens, heads, head size) for each
-    layer (Li & Liang 2021). They start as the keys and values that the model itself computes for a short text.
+    attention (Li & Liang 2021). They start as the keys and values that the model itself computes for a short text.
+    The prefix never enters the key/value cache and moves no position. It works with gradient checkpointing, on a
+    quantized base and on every model whose attention is a softmax over keys; of a model that mixes attention with
+    other layers, the attention gets it.
 
     Example:
         >>> Prefix(num_virtual_tokens=32).size
@@ -38,23 +43,41 @@ class Prefix(Method):
     head_factor: ClassVar[float] = 1.0
     weight_decay: ClassVar[float] = 0.0
     warmup: ClassVar[float] = 0.1
+    also_called: ClassVar[dict[str, str]] = {
+        "prefix_projection": "reparametrization",
+        "prefix_length": "num_virtual_tokens",
+        "init_weights": "init",
+    }
 
     num_virtual_tokens: int = 20
-    """How many keys and values each layer gets."""
+    """How many keys and values each attention gets."""
     init: Literal["text", "random", "zero"] = "text"
     """What training starts from: the model's own keys and values for a text, random ones, or zeros."""
     init_text: str | tuple[int, ...] | None = None
     """The text for `init="text"`, or its token ids. None: the first words of the task's data where they are known
     (`finetune`, `compare`), else tokens spread over the vocabulary."""
+    attention: tuple[str, ...] | None = None
+    """For an encoder-decoder: which attention gets a prefix, of `"encoder"`, `"decoder"` (its attention to itself) and
+    `"cross"` (the decoder's to the encoder). None: all three, as in the paper."""
+    reparametrization: int | None = None
+    """Width of a two-layer network through which the prefix is trained (Li & Liang 2021, section 4.3), folded into
+    plain keys and values when saved. None: none."""
 
     def __post_init__(self) -> None:
         positive_integer("prefix", "num_virtual_tokens", self.num_virtual_tokens)
+        if self.reparametrization is not None:
+            positive_integer("prefix", "reparametrization", self.reparametrization)
         if self.init not in ("text", "random", "zero"):
             raise OptionError(f"prefix: init must be 'text', 'random' or 'zero', got {self.init!r}.")
         if self.init_text is not None and self.init != "text":
             raise OptionError(f"prefix: init_text needs init='text', got init={self.init!r}.")
         if isinstance(self.init_text, list):
             object.__setattr__(self, "init_text", tuple(self.init_text))
+        if self.attention is not None:
+            chosen = (self.attention,) if isinstance(self.attention, str) else tuple(self.attention)
+            if not chosen or set(chosen) - set(ROLES):
+                raise OptionError(f"prefix: attention must be some of {listing(ROLES)}, got {self.attention!r}.")
+            object.__setattr__(self, "attention", chosen)
 
     @property
     def size(self) -> str:
@@ -68,76 +91,88 @@ class Prefix(Method):
         return dataclasses.replace(self, init_text=" ".join(words))
 
     def check(self, model: Model, heads: list[str]) -> None:
-        from lora_kit import base
+        from transformers import PreTrainedModel
 
-        task = base.task_of(model)
-        if task not in TASKS:
+        if not isinstance(model, PreTrainedModel):
             raise UnsupportedError(
-                f"prefix tuning needs a model of transformers for one of the tasks {', '.join(TASKS)}; "
-                f"{type(model).__name__} is {'for ' + task if task else 'none of its classes'}. Use method='lora'."
+                f"prefix tuning needs a model of transformers, whose attention it finds; {type(model).__name__} is "
+                "none. Use method='lora'."
             )
-        if not _takes_cache(model):
-            raise UnsupportedError(
-                f"{type(model).__name__} has no attention that takes a key/value prefix (no past_key_values in its "
-                "forward). Use method='lora'."
+        if self.attention is not None and not model.config.is_encoder_decoder and self.attention != ("decoder",):
+            raise OptionError(
+                f"prefix: attention={self.attention!r} is for encoder-decoders; {type(model).__name__} is none. Leave "
+                "attention out."
             )
-        others = [head for head in heads if head not in ("classifier", "score")]
-        if others:
-            # PEFT's prefix finds a classification head by these two names only
-            raise UnsupportedError(
-                f"prefix tuning cannot train the head {others[0]!r} of {type(model).__name__} (only heads called "
-                "'classifier' or 'score'). Use method='lora'."
-            )
-        refuse_checkpointing(model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            # what can be said before the weights are there; `attach` looks at the attention itself
+            if not any(re.search(r"att(entio)?n", path, re.I) for path, _ in model.named_modules()):
+                raise UnsupportedError(_without_attention(model))
+            return
+        self._sites(model)
+        if self.init == "text":
+            self._start_ids(model)
 
     def attach(self, model: Model, heads: list[str], name: str) -> Attached:
-        from peft import PrefixTuningConfig
+        from lora_kit import attention, insertion, targets
 
-        from lora_kit import targets
-        from lora_kit.methods.native import wrap
-
-        states = self._start_states(model) if self.init == "text" else None
-        config = PrefixTuningConfig(task_type=targets.peft_task(model), num_virtual_tokens=self.num_virtual_tokens)
-        adapted = wrap(model, config, name)
-        embedding = adapted.prompt_encoder[name].embedding.weight
-        if self.init == "zero":
-            embedding.data.zero_()
-        elif states is not None:
-            if states.shape != embedding.shape:
-                # PEFT provisions one shape for all layers; where a model's layers differ, random values must do
-                say(
-                    f"prefix: the states of the text have shape {tuple(states.shape)}, the prefix "
-                    f"{tuple(embedding.shape)}; starting from random values instead."
+        found, sites = self._sites(model)
+        states = None
+        if self.init == "text":
+            with quiet("bitsandbytes.autograd._functions"):
+                states = attention.states_of(model, sites, self._start_ids(model))
+            if states is None:
+                raise UnsupportedError(
+                    f"prefix: {type(model).__name__} could not be run on the start text. Use init='random'."
                 )
-            else:
-                embedding.data.copy_(states)
-        return Attached(adapted, f"{self.num_virtual_tokens} keys and values in each of {config.num_layers} layers")
+        reason = insertion.unreadable(model, found, sites)
+        task = targets.peft_task(model, heads)
+        config = insertion.config_for(task, sites, self.num_virtual_tokens, heads, reason)
+        adapted = insertion.wrap(model, config, sites, name)
+        weight = adapted.prompt_encoder[name].embedding.weight
+        if self.init != "random":
+            weight.data.zero_()
+        if states is not None:
+            flat = [state.movedim(-2, 0).flatten(1) for pair in states for state in pair]
+            weight.data[:, : insertion.starts(sites)[-1]] = _cat(flat).to(weight)
+        if self.reparametrization is not None:
+            insertion.reparametrize(adapted, name, sites, self.reparametrization)
+        facts = {"attention": sorted({site.role for site in sites}), "plain_peft": reason or "equal"}
+        return Attached(adapted, self._coverage(model, sites, reason), facts={"prefix": facts})
 
-    def _start_states(self, model: Model) -> "torch.Tensor":
-        """The model's own keys and values for the start text: (num_virtual_tokens, layers · 2 · heads · head size)."""
-        import torch
-        from transformers import DynamicCache, EncoderDecoderCache
+    def _sites(self, model: Model) -> "tuple[Found, tuple[Site, ...]]":
+        """The attention that gets a prefix, after refusing models that have none."""
+        from lora_kit import attention
 
-        ids = torch.tensor([self._start_ids(model)], device=model.device)
-        cache = DynamicCache()
-        was_training = model.training
-        model.eval()
-        try:
-            # An empty cache handed to the forward collects each layer's keys and values, in encoders too: it is the
-            # same door through which PEFT will later hand in the trained ones.
-            with torch.no_grad(), quiet("bitsandbytes.autograd._functions"):
-                if model.config.is_encoder_decoder:
-                    both = EncoderDecoderCache(cache, DynamicCache())
-                    model(input_ids=ids, decoder_input_ids=ids, past_key_values=both, use_cache=True)
-                elif "past_key_values" in _parameters(model.forward):
-                    model(input_ids=ids, past_key_values=cache, use_cache=True)
-                else:
-                    model.base_model(input_ids=ids, past_key_values=cache)
-        finally:
-            model.train(was_training)
-        layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # each (heads, tokens, head size)
-        stacked = torch.stack([state for pair in layers for state in pair])
-        return stacked.permute(2, 0, 1, 3).reshape(stacked.shape[2], -1).float()
+        with quiet("bitsandbytes.autograd._functions"):
+            found = attention.find(model)
+        if found is None:
+            raise UnsupportedError(
+                f"prefix tuning finds a model's attention in a trial forward, and {type(model).__name__} could not be "
+                "run on token ids alone. Use method='lora'."
+            )
+        if model.config.model_type in attention.APPROXIMATE:
+            raise UnsupportedError(
+                f"{type(model).__name__} approximates softmax attention in a way that has no place for a prefix. Use "
+                "method='lora'."
+            )
+        if not found.sites:
+            raise UnsupportedError(_without_attention(model))
+        sites = tuple(site for site in found.sites if self.attention is None or site.role in self.attention)
+        if not sites:
+            has = listing(sorted({site.role for site in found.sites}))
+            raise OptionError(f"prefix: {type(model).__name__} has no {listing(self.attention or ())} attention: {has}.")
+        return found, sites
+
+    def _coverage(self, model: Model, sites: "tuple[Site, ...]", reason: str | None) -> str:
+        roles = [f"{sum(site.role == role for site in sites)} {role}" for role in ROLES]
+        text = f"{self.num_virtual_tokens} keys and values in each of {len(sites)} attentions"
+        if model.config.is_encoder_decoder:
+            text += f" ({listing(role for role in roles if not role.startswith('0 '))})"
+        else:
+            inner = model.config.get_text_config()
+            others = (getattr(inner, "num_hidden_layers", None) or 0) - len({site.path for site in sites})
+            text += f" ({others} layers have none)" if others > 0 else ""
+        return text + (f"; plain PEFT cannot use its file ({reason})" if reason else "")
 
     def _start_ids(self, model: Model) -> list[int]:
         """Exactly `num_virtual_tokens` token ids."""
@@ -174,35 +209,14 @@ def _tokenize(text: str, model: Model) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _parameters(forward: Callable[..., Any]) -> list[str]:
-    import inspect
+def _cat(parts: "list[torch.Tensor]") -> "torch.Tensor":
+    import torch
 
-    return list(inspect.signature(forward).parameters)
-
-
-def _takes_cache(model: Model) -> bool:
-    backbone: Any = getattr(model, "base_model", model)
-    return "past_key_values" in _parameters(model.forward) or "past_key_values" in _parameters(backbone.forward)
+    return torch.cat([part.float() for part in parts], 1)
 
 
-CHECKPOINTING = (
-    "prefix tuning with gradient checkpointing: the prefix travels in the key/value cache, which a checkpointed layer "
-    "drops, so it would crash or train nothing. Switch checkpointing off, or use method='lora'."
-)
-
-
-def refuse_checkpointing(model: Model) -> None:
-    """Raise if the model recomputes its activations."""
-    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
-        raise UnsupportedError(CHECKPOINTING)
-
-
-def refuse_later_checkpointing(model: Model) -> None:
-    """Make `model.gradient_checkpointing_enable()`, which trainers call, raise from now on: this instance only."""
-    for enable in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
-        if hasattr(model, enable):
-            setattr(model, enable, _raise_checkpointing)
-
-
-def _raise_checkpointing(*_args: object, **_kwargs: object) -> None:
-    raise UnsupportedError(CHECKPOINTING)
+def _without_attention(model: Model) -> str:
+    return (
+        f"{type(model).__name__} has no attention that a prefix could be put into (no softmax over keys was seen in a "
+        "trial forward). Use method='lora'."
+    )

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit import base as base_models
 from lora_kit import quantization as bits
-from lora_kit import sharing, structure
+from lora_kit import attention, insertion, sharing, structure
 from lora_kit.adaptation import Record, count_parameters, main_dtype
 from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, listing
 from lora_kit.messages import say
 from lora_kit.methods import METHODS, word_of
-from lora_kit.methods.native import as_named, wrap
+from lora_kit.methods.native import IN_THE_CACHE, as_named, refuse_checkpointing, refuse_later_checkpointing, wrap
 from lora_kit.storage import manifest
 from lora_kit.targets import PEFT_TASKS
 from lora_kit.types import Model
@@ -19,6 +19,8 @@ from lora_kit.types import Model
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from lora_kit.attention import Site
 
 
 def load(
@@ -134,24 +136,57 @@ def _load_adapter(
     ours = bool(facts) and config.peft_type.value == "LORA"
     if ours:
         _as_modules(config, model)
-    adapted = wrap(model, config, "default", exactly=ours)
+    facts, sites = _with_sites(facts, config, model)
+    if sites:
+        adapted = insertion.wrap(model, config, sites, "default")
+    else:
+        adapted = wrap(model, config, "default", exactly=ours)
     try:
         _compare(file, tensors, adapted)
     except AdapterMismatchError:
         # take the wrapping off again, so that a base that was handed in can be used for something else
-        if hasattr(adapted.base_model, "unload"):
+        if sites:
+            insertion.remove(adapted)
+        elif hasattr(adapted.base_model, "unload"):
             adapted.base_model.unload()
         raise
     with as_named(adapted) if ours else nullcontext():
         set_peft_model_state_dict(adapted, tensors, adapter_name="default")
     if ours:
         sharing.share_equal_adapters(adapted, "default")
+    if config.peft_type.value in IN_THE_CACHE and not sites:
+        refuse_later_checkpointing(model)
     if not train:
         adapted.requires_grad_(False)
     adapted.train(train)
     name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
     adapted.lora_kit_record = _record(facts, adapted, word_of(config), str(name) if name else None, parameters)
     return adapted
+
+
+def _with_sites(facts: dict[str, Any], config: Any, model: Model) -> "tuple[dict[str, Any], tuple[Site, ...]]":
+    """The attention that a prefix goes into, and the manifest's facts; none for a prefix that stays PEFT's own.
+
+    A folder that plain PEFT wrote is used in attention where that gives the same result. Elsewhere (absolute positions,
+    which PEFT moves) it travels in the cache, as PEFT has it.
+    """
+    if config.peft_type.value != "PREFIX_TUNING":
+        return facts, ()
+    known = facts.get("prefix")
+    found = attention.find(model)
+    sites = () if found is None else found.sites
+    if known is not None:
+        sites = tuple(site for site in sites if site.role in known["attention"])
+        if not sites:
+            raise AdapterMismatchError(
+                f"{type(model).__name__} has no {listing(known['attention'])} attention to put the prefix into. Load "
+                "it on the base it was trained on. Nothing was loaded."
+            )
+        return facts, sites
+    if found is None or not sites or insertion.unreadable(model, found, sites) is not None:
+        refuse_checkpointing(model)
+        return facts, ()
+    return {**facts, "prefix": {"attention": ["decoder"], "plain_peft": "equal"}}, sites
 
 
 def _make_room(model: Model, rows: int | None) -> None:
@@ -236,4 +271,5 @@ def _record(facts: dict[str, Any], model: Model, word: str, base: str | None, pa
         quantization=bits.of(inner) or "16bit",
         parameters=parameters or count_parameters(model),
         heads=tuple(facts.get("heads") or base_models.heads_of(inner)),
+        facts={key: facts[key] for key in ("prefix",) if key in facts},
     )

@@ -47,6 +47,7 @@ def write(folder: Path, record: Record, labels: dict[int, str] | None, embedding
         "parameters": record.parameters,
         "embeddings": embeddings,
         "heads": list(record.heads),
+        **record.facts,
         "versions": versions(),
         "files": files,
     }
