@@ -337,7 +337,7 @@ class Cell:
         """Every attention's own part of the prefix must be reached."""
         if not isinstance(self.library, LoraKit):
             return
-        from lora_kit import attention, insertion
+        from lora_kit import attention
 
         weight = model.prompt_encoder["default"].embedding.weight
         sites = attention.find(self.recipe.build()).sites

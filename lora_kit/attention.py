@@ -4,12 +4,9 @@ Most models call transformers' attention interface; what they hand to it is seen
 out by hand, and `Look` recognises it by its products (see `lean.watched`).
 """
 
-import functools
-import inspect
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,15 +15,13 @@ from lora_kit.types import Model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora_kit.watching import Look, Seen
+    from lora_kit.watching import Seen
 
 Role = Literal["decoder", "encoder", "cross"]
 ROLES: tuple[Role, ...] = ("decoder", "encoder", "cross")
 
-# they compute softmax attention by approximations in which a key in front of the others has no place
-APPROXIMATE = ("nystromformer", "yoso", "mra")
-NAME = "lora_kit_prefix"
-SLOT = "lora_kit_prefix"
+# they approximate attention, or compute it in blocks of which most would not see a key in front of the others
+APPROXIMATE = ("longformer", "mra", "nystromformer", "reformer", "yoso")
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,8 @@ class Site:
     scale: float = 1.0
     """What the products of queries and keys are multiplied with, for one written by hand."""
     window: int | None = None
+    repeated: bool = False
+    """Whether it runs more than once in one forward of the model, with the same prefix each time."""
     turn: tuple[tuple[float, ...], tuple[int, bool]] | None = None
     """Rotary positions: radians a token for each pair of the width, and the layout as in `lean.turned`."""
 
@@ -69,11 +66,15 @@ def find(model: Model) -> Found | None:
     if seen is None:
         return None
     towers = _towers(model)
+    runs = Counter((one.path, one.call) for one in seen)
+    if any(one.watched for one in seen):
+        # what looks like attention over tokens but has other shapes for more of them is none
+        seen = [*seen, *(look(model, lengths=(24, 32, 128)) or ())]
     kept: dict[tuple[str, int], Seen] = {}
     broken: set[tuple[str, int]] = set()
     for one in seen:
         key = one.path, one.call
-        if one.values is None or towers.of(one.path) != "language":
+        if one.values is None or not one.used or towers.of(one.path) != "language":
             continue
         first = kept.setdefault(key, one)
         if _shape(first.keys) != _shape(one.keys) or _shape(first.values) != _shape(one.values):
@@ -90,6 +91,7 @@ def find(model: Model) -> Found | None:
             _shape(one.values),
             one.scale,
             one.window,
+            runs[key] > 1,
             turns.get(key),
         )
         for key, one in kept.items()
@@ -98,7 +100,7 @@ def find(model: Model) -> Found | None:
 
 
 def states_of(model: Model, sites: tuple[Site, ...], text: list[int]) -> "list[tuple[Tensor, Tensor]] | None":
-    """Keys and values (*heads, len(text), width) that each site computes for a text; None if no forward could be run."""
+    """Keys and values (*heads, len(text), width) of each site for a text; None if no forward could be run on it."""
     import torch
 
     seen = look(model, text)
@@ -109,11 +111,11 @@ def states_of(model: Model, sites: tuple[Site, ...], text: list[int]) -> "list[t
         first.setdefault((one.path, one.call), one)
     found = []
     for site in sites:
-        one = first.get((site.path, site.call))
-        if one is None or one.values is None or _shape(one.keys) != site.key_shape:
+        mine = first.get((site.path, site.call))
+        if mine is None or mine.values is None or _shape(mine.keys) != site.key_shape:
             return None
-        index = torch.arange(len(text), device=one.keys.device) % one.keys.shape[-2]
-        found.append((one.keys[0].detach()[..., index, :], one.values[0].detach()[..., index, :]))
+        index = torch.arange(len(text), device=mine.keys.device) % mine.keys.shape[-2]
+        found.append((mine.keys[0][..., index, :], mine.values[0][..., index, :]))
     return found
 
 
@@ -127,28 +129,39 @@ def role_of(model: Model, path: str) -> Role:
     return "decoder"
 
 
-def look(model: Model, text: list[int] | None = None, *, shift: int | None = None) -> "list[Seen] | None":
+def look(
+    model: Model,
+    text: list[int] | None = None,
+    *,
+    shift: int | None = None,
+    lengths: tuple[int, ...] | None = None,
+) -> "list[Seen] | None":
     """Every attention of one trial forward, on random tokens or a text; None if none could be run.
 
-    `shift` numbers the tokens from there on instead of from 0, where the model takes position ids.
+    `shift` numbers the tokens from there on instead of from 0, where the model takes position ids. `lengths` are the
+    numbers of tokens to try.
     """
     import torch
 
-    from lora_kit import probe
+    from lora_kit import probe, routing
     from lora_kit.watching import Look
 
     with probe.trial(model):
-        for inputs in probe.trial_inputs(model, text):
+        for inputs in probe.trial_inputs(model, text, lengths):
             if shift is not None:
                 ids = inputs["input_ids"]
                 place = torch.arange(ids.shape[1], device=ids.device) + shift
                 inputs["position_ids"] = place.expand(ids.shape[0], -1)
             looking = Look(rows=next(iter(inputs.values())).shape[0])
             try:
-                with around(looking, model), looking:
-                    model(**inputs)
+                with routing.around(looking, model), looking:
+                    output = model(**inputs)
             except Exception:  # whatever a model raises that does not like these inputs
                 continue
+            marks = {i: [s.mark] for i, s in enumerate(looking.seen) if s.mark is not None}
+            reached = probe.reached(output, marks, really=True)
+            for i, one in enumerate(looking.seen):
+                one.used = reached is None or i in reached
             return looking.seen
     return None
 
@@ -197,7 +210,9 @@ def _turns(model: Model, kept: "dict[tuple[str, int], Seen]") -> tuple[dict[tupl
 SHIFT = 3
 
 
-def _turn(before: "Tensor", after: "Tensor", tables: "list[Tensor]") -> tuple[tuple[float, ...], tuple[int, bool]] | None:
+def _turn(
+    before: "Tensor", after: "Tensor", tables: "list[Tensor]"
+) -> tuple[tuple[float, ...], tuple[int, bool]] | None:
     from lora_kit.lean.prefix_attention import turned
 
     width = before.shape[-1]
@@ -212,139 +227,3 @@ def _turn(before: "Tensor", after: "Tensor", tables: "list[Tensor]") -> tuple[tu
         return None
     error, frequencies, layout = min(fits)
     return (frequencies, layout) if error < 5e-2 * float((after - before).norm()) else None
-
-
-class Routed:
-    """A module's config that names our attention function, with the one that was chosen inside its name.
-
-    Everything else is read from the config itself, at every access: what is changed there later holds here too.
-    """
-
-    def __init__(self, real: Any):
-        self.real = real
-
-    @property
-    def _attn_implementation(self) -> str:
-        return f"{NAME}|{self.real._attn_implementation}"
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "real" or name.startswith("__"):  # asked for while being copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.real, name)
-
-
-class AsItIs:
-    """A module whose config names the function inside: flash attention reads its kernel's name from there."""
-
-    def __init__(self, module: Model):
-        self.module = module
-        self.config = module.config.real
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "module" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.module, name)
-
-
-def register() -> None:
-    """Name our function in transformers' registry, once for each that it may stand in front of; replaces nothing."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    for kind in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
-        if not kind.startswith((NAME, "paged|")) and f"{NAME}|{kind}" not in ALL_ATTENTION_FUNCTIONS:
-            ALL_ATTENTION_FUNCTIONS.register(f"{NAME}|{kind}", functools.partial(route, kind))
-
-
-def route(kind: str, module: Model, query: Any, key: Any, value: Any, mask: Any = None, **kwargs: Any) -> Any:
-    """The attention function `kind`, with the prefix of this module where it has one."""
-    inner = inner_function(type(module), kind)
-    if "flash" in kind:
-        module = AsItIs(module)
-    slot = getattr(module, SLOT, None)
-    if slot is None:
-        return inner(module, query, key, value, mask, **kwargs)
-    return slot.run(inner, kind, module, query, key, value, mask, **kwargs)
-
-
-@functools.cache
-def inner_function(cls: type, kind: str) -> Any:
-    """transformers' function of that name; `eager` is each model file's own."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    for base in cls.__mro__:
-        names = getattr(inspect.unwrap(vars(base).get("forward", cls.forward)), "__globals__", {})
-        interface = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-        eager = next((names[name] for name in names if name.endswith("eager_attention_forward")), None)
-        found = eager if kind == "eager" else interface.get(kind)
-        if found is not None:
-            return found
-    raise LookupError(f"{cls.__name__} has no attention function {kind!r}")
-
-
-def routable(model: Model) -> Iterator[tuple[str, Model]]:
-    """Modules that choose their attention function by name, from the interface."""
-    from transformers import PreTrainedModel
-
-    for path, module in model.named_modules():
-        config = getattr(module, "config", None)
-        if config is None or isinstance(module, PreTrainedModel) or isinstance(config, Routed):
-            continue
-        if hasattr(config, "_attn_implementation") and _asks_by_name(type(module)):
-            yield path, module
-
-
-@functools.cache
-def _asks_by_name(cls: type) -> bool:
-    """Whether the class takes its function from the interface, and does nothing else by its name."""
-    source = ""
-    for base in cls.__mro__:
-        if base.__module__.startswith("torch.") or base is object:
-            break
-        try:
-            source += inspect.getsource(base)
-        except (OSError, TypeError):
-            return False
-    compares = re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source)
-    return "ALL_ATTENTION_FUNCTIONS" in source and not compares
-
-
-@contextmanager
-def around(looking: "Look", model: Model) -> Iterator[None]:
-    """Show `looking` every module as it is entered and left, and every call through the attention interface."""
-    register()
-    hooks = []
-    routed = [(path, module, module.config) for path, module in routable(model)]
-    for path, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(functools.partial(looking.enter, path)))
-        hooks.append(module.register_forward_hook(looking.leave, always_call=True))
-    try:
-        for path, module, config in routed:
-            module.config = Routed(config)
-            setattr(module, SLOT, Looking(looking, path))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for _path, module, config in routed:
-            module.config = config
-            delattr(module, SLOT)
-
-
-@dataclass
-class Looking:
-    """Stands where a prefix will be, and notes what comes by."""
-
-    look: "Look"
-    path: str
-
-    def run(
-        self, inner: Any, kind: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
-    ) -> Any:
-        from lora_kit.watching import Seen
-
-        self.look.seen.append(Seen(self.path, 0, False, key, value, window=kwargs.get("sliding_window")))
-        self.look.muted += 1
-        try:
-            return inner(module, query, key, value, mask, **kwargs)
-        finally:
-            self.look.muted -= 1

@@ -7,11 +7,12 @@ view that names our function) or, where attention is written out by hand, its `f
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lora_kit.attention import SLOT, Found, Routed, Site, register
+from lora_kit.attention import Found, Site
+from lora_kit.routing import SLOT, register, routed
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class Slot:
             self._turns[key] = angles.cos().float(), angles.sin().float()
         return self._turns[key]
 
-    def run(self, inner: Any, kind: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    def run(
+        self, inner: Any, kind: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
+    ) -> Any:
         """transformers' attention function with the prefix; called in its stead."""
         from lora_kit.lean.prefix_attention import attend
 
@@ -104,7 +107,7 @@ def install(adapted: Model, sites: tuple[Site, ...]) -> None:
     for site, start in zip(sites, starts(sites), strict=False):
         module = base.get_submodule(site.path)
         if not site.watched:
-            module.config = Routed(module.config)
+            module.config = routed(module)
             setattr(module, SLOT, Slot(adapted, site, start))
             continue
         if not hasattr(module, SLOT):
@@ -130,6 +133,13 @@ def remove(adapted: Model) -> None:
             module.config = module.config.real
 
 
+def attend_in_full(model: Model) -> None:
+    """Have BigBird attend to everything from the start, in place; it exchanges modules when it changes its mind."""
+    for module in list(model.modules()):
+        if hasattr(module, "set_attention_type") and getattr(module, "attention_type", "") != "original_full":
+            module.set_attention_type("original_full")
+
+
 def _forward(adapted: Model, *args: Any, **kwargs: Any) -> Any:
     kwargs = {key: value for key, value in kwargs.items() if key not in adapted.special_peft_forward_args}
     return adapted.get_base_model()(*args, **kwargs)
@@ -141,12 +151,20 @@ def _generate(adapted: Model, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _disabled(adapted: Model) -> Iterator[None]:
+    """The base alone, its heads as they were before training."""
+    from peft.utils import ModulesToSaveWrapper
+
     before = adapted._adapters_disabled
+    heads = [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
     adapted._adapters_disabled = True
+    for head in heads:
+        head.enable_adapters(False)
     try:
         yield
     finally:
         adapted._adapters_disabled = before
+        for head in heads:
+            head.enable_adapters(not before)
 
 
 def _reach_the_first_layer(base: Model) -> None:
@@ -172,20 +190,23 @@ def unreadable(model: Model, found: Found, sites: tuple[Site, ...]) -> str | Non
     config: Any = model.config
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = getattr(inner, "num_hidden_layers", None)
-    forwards = [module.forward for module in (model, getattr(model, "base_model", model))]
+    backbone: Any = getattr(model, "base_model", model)
+    forwards = [inspect.signature(module.forward) for module in (model, backbone)]
     if any(site.watched for site in sites):
         return "attention written out by hand"
     if any(site.role != "decoder" for site in sites) or getattr(config, "is_encoder_decoder", False):
         return "an encoder-decoder"
     if len({(site.key_shape, site.value_shape) for site in sites}) > 1 or sites[0].key_shape != sites[0].value_shape:
         return "keys and values of several shapes"
-    if len(sites) != layers or getattr(inner, "num_kv_shared_layers", 0):
+    if any(site.repeated for site in sites):
+        return "layers that attend several times"
+    if len(sites) != layers or bool(getattr(inner, "num_kv_shared_layers", 0)):
         return f"{len(sites)} attentions in {layers} layers"
     if found.moved:
         return "absolute positions, which PEFT moves"
-    if any(site.window for site in sites) or getattr(inner, "attention_chunk_size", None):
+    if any(site.window for site in sites) or hasattr(inner, "attention_chunk_size"):
         return "a window, out of which PEFT's prefix slides"
-    if not any("past_key_values" in inspect.signature(forward).parameters for forward in forwards):
+    if not any("past_key_values" in forward.parameters for forward in forwards):
         return "a forward without a cache"
     if structure.Towers(model).several:
         return "several towers"
@@ -195,60 +216,96 @@ def unreadable(model: Model, found: Found, sites: tuple[Site, ...]) -> str | Non
 def config_for(task: Any, sites: tuple[Site, ...], tokens: int, heads: list[str], reason: str | None) -> Any:
     """PEFT's config. Where PEFT could not use the prefix (`reason`), it states a layout that PEFT cannot put in.
 
-    That layout is one layer with one head as wide as everything: plain PEFT stops at the first forward instead of
-    computing something else.
+    Plain PEFT then stops at the first forward instead of computing something else.
     """
     from peft import PrefixTuningConfig
 
-    total = starts(sites)[-1]
-    if reason is None:
-        layout = {"num_layers": len(sites), "num_attention_heads": sites[0].key_shape[0]}
-        layout["token_dim"] = sites[0].size // 2
-    else:
-        layout = {"num_layers": 1, "num_attention_heads": 1, "token_dim": -(-total // 2)}
-    return PrefixTuningConfig(
-        task_type=task,
-        num_virtual_tokens=tokens,
-        num_transformer_submodules=1,
-        encoder_hidden_size=layout["token_dim"],
-        modules_to_save=list(heads) or None,
-        **layout,
+    config = PrefixTuningConfig(
+        task_type=task, num_virtual_tokens=tokens, num_transformer_submodules=1, modules_to_save=list(heads) or None
     )
+    flatten(config, starts(sites)[-1])
+    if reason is None:
+        config.num_layers, config.num_attention_heads = len(sites), sites[0].key_shape[0]
+        config.token_dim = config.encoder_hidden_size = sites[0].size // 2
+    return config
 
 
-def wrap(model: Model, config: Any, sites: tuple[Site, ...], name: str) -> Model:
-    """`peft.get_peft_model` with a prefix of this layout, and the prefix in attention. In place."""
+def wrap(
+    model: Model, config: Any, sites: tuple[Site, ...], name: str, peft_wrap: Callable[[Model, Any, str], Model]
+) -> tuple[Model, bool]:
+    """`peft_wrap` (`methods.native.wrap`) with a prefix of this layout, put into attention, in place.
+
+    Returns the model, and whether PEFT reads the same sizes out of the model's own config, as it does when it loads.
+    """
     import copy
 
     from peft import PrefixEncoder
 
-    from lora_kit.methods import native
-
-    layout = copy.deepcopy(config)
+    wanted = copy.deepcopy(config)
     model.requires_grad_(False)
     with _unchecked(model):
-        adapted = native.wrap(model, config, name, exactly=True)
-    # PEFT fits the sizes to what it reads in the model's config
+        adapted = peft_wrap(model, config, name)
+    fitted = adapted.peft_config[name]
+    same = True
     for field in ("num_layers", "num_attention_heads", "token_dim", "encoder_hidden_size"):
-        setattr(adapted.peft_config[name], field, getattr(layout, field))
-    adapted.prompt_encoder[name] = PrefixEncoder(adapted.peft_config[name]).to(adapted.device)
+        same &= getattr(fitted, field) == getattr(wanted, field)
+        setattr(fitted, field, getattr(wanted, field))
+    adapted.prompt_encoder[name] = PrefixEncoder(fitted).to(adapted.device)
     install(adapted, sites)
     if any(_is_reentrant(module) for module in model.modules()):
         model.enable_input_require_grads()
-    return adapted
+    return adapted, same
+
+
+def agrees(adapted: Model) -> bool:
+    """Whether PEFT's own forward, with the prefix in the cache, computes what the model does with it in attention.
+
+    Asked of a small batch. "The same" is a tenth of what the prefix changes, which any rounding is far below, and in
+    float32 a thousandth.
+    """
+    import torch
+
+    from lora_kit import probe
+
+    base = adapted.get_base_model()
+    with probe.trial(base), torch.no_grad():
+        for inputs in probe.trial_inputs(base):
+            try:
+                ours = _logits(adapted(**inputs))
+            except Exception:  # the next inputs may be liked better
+                continue
+            try:
+                with adapted.disable_adapter():
+                    without = _logits(base(**inputs))
+                    theirs = _logits(type(adapted).forward(adapted, **inputs))
+            except Exception:  # whatever a model raises whose cache takes no prefix
+                return False
+            exact = all(p.dtype == torch.float32 for p in base.parameters())
+            return bool((ours - theirs).abs().max() <= (1e-3 if exact else 0.1) * (ours - without).abs().max())
+    return False
+
+
+def _logits(output: Any) -> "Tensor":
+    return (output.logits if hasattr(output, "logits") else output[0]).float()
+
+
+def flatten(config: Any, total: int) -> None:
+    """State, in place, a layout that PEFT cannot put in: one layer with one head as wide as everything."""
+    config.num_layers = config.num_attention_heads = 1
+    config.token_dim = config.encoder_hidden_size = -(-total // 2)
+
+
+def undo(adapted: Model) -> None:
+    """Give the model back to PEFT: its prefix travels in the cache from here on."""
+    remove(adapted)
+    for name in ("forward", "generate", "disable_adapter"):
+        if name in vars(adapted):
+            delattr(adapted, name)
 
 
 def _is_reentrant(module: Model) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     return bool(getattr(function, "keywords", {}).get("use_reentrant"))
-
-
-def reparametrize(adapted: Model, name: str, sites: tuple[Site, ...], width: int) -> None:
-    """Train the prefix through a two-layer network from here on, starting from what it holds now. In place."""
-    from lora_kit.methods.reparametrized import Reparametrized
-
-    encoder = adapted.prompt_encoder[name]
-    adapted.prompt_encoder[name] = Reparametrized(encoder.embedding, starts(sites), width).to(adapted.device)
 
 
 @contextmanager

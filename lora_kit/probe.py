@@ -8,12 +8,14 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
+
+Key = TypeVar("Key")
 
 
 def used(model: Model, candidates: dict[str, Model]) -> set[str] | None:
@@ -33,14 +35,14 @@ def used(model: Model, candidates: dict[str, Model]) -> set[str] | None:
             hooks += [m.register_forward_hook(_noter(called, path)) for path, m in model.named_modules() if path]
             try:
                 output = model(**inputs)
-                reached = _reached(output, marks, sure=not _has_functions_of_its_own(model))
+                found = reached(output, marks, sure=not _has_functions_of_its_own(model))
             except Exception:  # whatever a model raises that does not like these inputs
                 continue
             finally:
                 for hook in hooks:
                     hook.remove()
-            if reached is not None:
-                return reached | _idle_siblings(model, set(candidates), reached, called)
+            if found is not None:
+                return found | _idle_siblings(model, set(candidates), found, called)
     return None
 
 
@@ -79,21 +81,28 @@ def _has_functions_of_its_own(model: Model) -> bool:
     return bool(re.search(r"\((torch\.)?(autograd\.)?Function\):", source))
 
 
-def _reached(output: Any, marks: "dict[str, list[torch.Tensor]]", *, sure: bool) -> set[str] | None:
-    """The paths whose marks the output depends on; None where nothing can be said."""
+def reached(
+    output: Any, marks: "dict[Key, list[torch.Tensor]]", *, sure: bool = False, really: bool = False
+) -> "set[Key] | None":
+    """The keys whose marks the output depends on; None where nothing can be said.
+
+    `really`: by a gradient that is not zero, as of rows that are cut off later. Not where a softmax may cancel a mark.
+    """
     import torch
 
-    found = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
-    tensors = {key: value for key, value in found if torch.is_tensor(value) and value.grad_fn is not None}
+    items = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
+    tensors = {key: value for key, value in items if torch.is_tensor(value) and value.grad_fn is not None}
     logits = [value for key, value in tensors.items() if "logits" in str(key)] or list(tensors.values())
-    flat = [(path, mark) for path, found in marks.items() for mark in found]
+    flat = [(path, mark) for path, several in marks.items() for mark in several]
     if not flat:
         return None
     if not logits:
         return set() if sure else None
-    total = torch.stack([value.float().sum() for value in logits]).sum()
+    # weighted unevenly: the plain sum of what a normalization gives has no gradient
+    total = torch.stack([(v.float() * torch.linspace(-1, 2, v.numel()).view_as(v).to(v)).sum() for v in logits]).sum()
     gradients = torch.autograd.grad(total, [mark for _, mark in flat], allow_unused=True)
-    return {path for (path, _), gradient in zip(flat, gradients, strict=True) if gradient is not None}
+    found = [(key, gradient) for (key, _), gradient in zip(flat, gradients, strict=True) if gradient is not None]
+    return {key for key, gradient in found if not really or gradient != 0}
 
 
 def _marker(marks: "list[torch.Tensor]") -> Any:
@@ -145,9 +154,27 @@ def trial(model: Model) -> Iterator[None]:
     import torch
 
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with _unchanged(model), _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad():
+    with _unchanged(model), _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad(), _no_leaves(model):
         torch.manual_seed(0)
         yield
+
+
+@contextmanager
+def _no_leaves(model: Model) -> Iterator[None]:
+    """Checkpointing asks embeddings for a gradient, and some models (GIT) then add to that leaf in place."""
+    from torch import nn
+
+    hooks = [m.register_forward_hook(copy_leaf) for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def copy_leaf(module: Any, inputs: Any, output: Any) -> Any:
+    """A forward hook: what comes out is no leaf, so that it may be changed in place."""
+    return output.clone() if getattr(output, "requires_grad", False) and output.is_leaf else output
 
 
 @contextmanager
@@ -197,7 +224,9 @@ def _as_it_was(model: Model) -> Iterator[None]:
             module.state.CB = module.state.SCB = None
 
 
-def trial_inputs(model: Model, text: "list[int] | None" = None) -> Iterator[dict[str, Any]]:
+def trial_inputs(
+    model: Model, text: "list[int] | None" = None, lengths: "tuple[int, ...] | None" = None
+) -> Iterator[dict[str, Any]]:
     """Inputs that a model of text may take, the most ordinary first; then with an image or sound beside them.
 
     Two rows of random tokens, or twice the token ids of a text, again and again where it is shorter than the row.
@@ -214,7 +243,9 @@ def trial_inputs(model: Model, text: "list[int] | None" = None) -> Iterator[dict
     special |= {v for k, v in vars(inner).items() if k.endswith(("_id", "_index")) and isinstance(v, int)}
     plain = [i for i in range(vocabulary if isinstance(vocabulary, int) else 100) if i not in special] or [0]
     sound = getattr(config, "num_mel_bins", None) or getattr(inner, "num_mel_bins", None) or 80
-    for length in (8, 16, 64) if text is None else (len(text) + 1, *(n for n in (64, 128, 256) if n > len(text) + 1)):
+    if text is not None:
+        lengths = (len(text) + 1, *(n for n in (64, 128, 256) if n > len(text) + 1))
+    for length in lengths or (8, 16, 64):
         if text is None:
             ids = torch.tensor(plain, device=device)[torch.randint(len(plain), (2, length), device=device)]
         else:

@@ -26,6 +26,9 @@ class Seen:
     values: Tensor | None = None
     scale: float = 1.0
     window: int | None = None
+    mark: Tensor | None = None
+    """A zero that was added to the output, through which a gradient shows whether it reaches the model's."""
+    used: bool = True
 
 
 class Look(TorchFunctionMode):
@@ -62,7 +65,9 @@ class Look(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             run = self._stack[-1]
             key, value = (args[1], args[2]) if len(args) > 2 else (kwargs["key"], kwargs["value"])
-            self.seen.append(Seen(run[0], self._count(run), True, key, value))
+            seen = Seen(run[0], self._count(run), True, key.detach(), value.detach())
+            self.seen.append(seen)
+            return self.marked(seen, func(*args, **kwargs))
         product = product_of(func, args, kwargs)
         if product is not None:
             return self._product(product, func(*args, **kwargs))
@@ -71,6 +76,12 @@ class Look(TorchFunctionMode):
             self._softmax(scores)
         return func(*args, **kwargs)
 
+    def marked(self, seen: Seen, output: Tensor) -> Tensor:
+        """The output of an attention, with a zero in it."""
+        with torch.enable_grad():
+            seen.mark = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output + seen.mark
+
     def _count(self, run: Run) -> int:
         self._attentions[run] += 1
         return self._attentions[run] - 1
@@ -78,8 +89,8 @@ class Look(TorchFunctionMode):
     def _product(self, product: Product, result: Tensor) -> Tensor:
         if self._open is not None and fits(tuple(product.left.shape), tuple(self._open[1])):
             seen, self._open = self._open[0], None
-            seen.values = product.values(self.rows)
-            return result
+            seen.values = product.values(self.rows).detach()
+            return self.marked(seen, result)
         if not result.is_floating_point():
             return result
         with torch.enable_grad():
@@ -89,25 +100,34 @@ class Look(TorchFunctionMode):
             return product.mark * 1.0
 
     def _softmax(self, scores: Tensor) -> None:
-        counted: Run | None = None
-        for product, stack in self._products:
-            if product.mark is None or not fits(product.shape, tuple(scores.shape)):
-                continue
-            run = _common(stack, self._stack)
-            if counted is None:
-                counted, call = run, self._count(run)
-            if not scores.requires_grad:
+        fitting = [
+            (p, _common(stack, self._stack)) for p, stack in self._products if fits(p.shape, tuple(scores.shape))
+        ]
+        if not fitting:
+            return
+        # those of the module that is running, or of the nearest around it
+        run = max((pair[1] for pair in fitting), key=self._stack.index)
+        call = self._count(run)
+        for product in (p for p, common in fitting if common == run):
+            if product.mark is None or not scores.requires_grad:
                 continue
             slope = torch.autograd.grad(scores.sum(), product.mark, retain_graph=True, allow_unused=True)[0]
-            steps = slope[slope != 0] if slope is not None else None
-            if steps is None or not steps.numel():
-                continue
-            scale = float(steps.median())
-            if float((steps - scale).abs().max()) <= 1e-2 * abs(scale):
-                seen = Seen(counted[0], call, True, product.keys(self.rows), scale=scale)
+            scale = None if slope is None else _steepness(slope)
+            if scale is not None:
+                seen = Seen(run[0], call, True, product.keys(self.rows).detach(), scale=scale)
                 self.seen.append(seen)
                 self._open = seen, scores.shape
-            return
+                return
+
+
+def _steepness(slope: Tensor) -> float | None:
+    """The factor that most scores were multiplied with; where a mask was put over them it is nothing, or half."""
+    steps = slope[slope != 0]
+    if not steps.numel():
+        return None
+    scale = float(steps.median())
+    alike = (steps - scale).abs() <= 1e-2 * abs(scale)
+    return scale if float(alike.float().mean()) > 0.5 else None
 
 
 def _common(one: list[Run], other: list[Run]) -> Run:

@@ -71,3 +71,28 @@ def adapted_stack(weight, a, b, scale, *, out_first):
         update = up @ down
         found.append(weight[e] + scale * (update if out_first else update.T))
     return torch.stack(found)
+
+
+def prefix_attention(query, key, value, prefix_key, prefix_value, scale, sees=None, added=None):
+    """`softmax(q [P_k; K]ᵀ · scale + [0, added]) [P_v; V]`, head by head: (batch, heads, tokens, width).
+
+    `sees` (batch or 1, heads or 1, queries, keys) is True where a query may look; all of them see the whole prefix.
+    """
+    batch, heads, queries, _ = query.shape
+    size, tokens = prefix_key.shape[1], key.shape[2]
+    shared = heads // key.shape[1]
+    full = (batch, heads, queries, tokens)
+    sees = torch.ones(full, dtype=torch.bool) if sees is None else sees.expand(full)
+    added = query.new_zeros(full) if added is None else added.expand(full)
+    rows = []
+    for b in range(batch):
+        found = []
+        for h in range(heads):
+            keys = torch.cat([prefix_key[h // shared], key[b, h // shared]])
+            values = torch.cat([prefix_value[h // shared], value[b, h // shared]])
+            scores = query[b, h] @ keys.T * scale
+            scores = scores + functional.pad(added[b, h], (size, 0))
+            hidden = functional.pad(~sees[b, h], (size, 0), value=False)
+            found.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values)
+        rows.append(torch.stack(found))
+    return torch.stack(rows)

@@ -65,7 +65,7 @@ def test_plain_peft_folder_loads_here(models, tmp_path):
     plain = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     plain.save_pretrained(tmp_path)
     batch = tiny.batch("llama")
-    torch.testing.assert_close(logits(load(tmp_path, path), batch), logits(plain, batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(load(tmp_path, path), batch), logits(plain, batch), rtol=0, atol=1e-5)
     again = load(tmp_path, path, train=True)
     assert again.prompt_encoder["default"].embedding.weight.requires_grad
 

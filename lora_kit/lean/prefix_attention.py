@@ -33,13 +33,13 @@ def attend(
     but causal") stays one where there is a kernel for it.
 
     Raises:
-        NotImplementedError: a paged cache; flash attention on packed rows or with a window that the tokens exceed: its kernels count
-            from the end of the keys, so that the prefix would move out of sight.
+        NotImplementedError: a paged cache; flash attention on packed rows or with a window that the tokens exceed: its
+            kernels count from the end of the keys, so that the prefix would move out of sight.
     """
     if kwargs.get("cache") is not None:
         raise NotImplementedError("a paged cache (continuous batching) would store the prefix; use model.generate().")
     size = prefix_key.shape[1]
-    prefix_key, prefix_value = prefix_key.to(key.dtype), prefix_value.to(value.dtype)
+    prefix_key, prefix_value = prefix_key.to(key), prefix_value.to(value)
     bias = kwargs.get("position_bias")
     if kind == "sdpa" and mask is None and _is_causal(module, query, kwargs):
         # keys beyond the queries are the empty rest of a static cache
@@ -144,20 +144,49 @@ def causal(
     if query.device.type == "cpu" and whole and not dropout:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return two_parts(query, key, value, prefix_key, prefix_value, scale)
+    if query.is_cuda:
+        return lower_right(query, key, value, prefix_key, prefix_value, scale=scale, dropout=dropout)
+    mask = put_before(causal_mask(query.shape[2], device=query.device), prefix_key.shape[1], True)
+    return _joined(query, key, value, prefix_key, prefix_value, mask, scale, dropout)
+
+
+def lower_right(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`causal` through torch's own bias type, for which its kernels on a GPU need no mask in memory."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    mask = causal_lower_right(query.shape[2], prefix_key.shape[1] + key.shape[2])
+    return _joined(query, key, value, prefix_key, prefix_value, mask, scale, dropout)
+
+
+def _joined(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    mask: Any,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     key, value = _repeated(join(prefix_key, key), repeats), _repeated(join(prefix_value, value), repeats)
-    if query.is_cuda:
-        from torch.nn.attention.bias import causal_lower_right
-
-        mask: Any = causal_lower_right(query.shape[2], key.shape[2])
-    else:
-        mask = put_before(causal_mask(query.shape[2], device=query.device), prefix_key.shape[1], True)
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
     )
 
 
-def two_parts(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, scale: float) -> Tensor:
+def two_parts(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, scale: float
+) -> Tensor:
     """Causal attention to the tokens by torch's own kernel, and to the prefix beside it: (batch, heads, tokens, width).
 
     The two are merged by their log-sum-exp, `out = out_t · exp(lse_t - lse) + out_p · exp(lse_p - lse)`. No mask is

@@ -78,12 +78,12 @@ class Product:
 
     def _in_layout(self, states: Tensor, *, key: str, width: str | None) -> Tensor:
         order = self._order(key, width)
-        return states.unsqueeze(0).permute([order.index(i) for i in range(len(order))]).to(self.right.dtype)
+        return states.unsqueeze(0).permute([order.index(i) for i in range(len(order))]).to(self.right)
 
 
 def _for_rows(states: Tensor, left: Tensor) -> Tensor:
     """A prefix (heads, virtual tokens, width) beside operands whose rows and heads may share one dimension."""
-    states = states.to(left.dtype)
+    states = states.to(left)
     if left.dim() > states.dim():
         return states.unsqueeze(0)
     return states.repeat(left.shape[0] // states.shape[0], 1, 1)
@@ -131,7 +131,7 @@ class Watch(TorchFunctionMode):
         found = self._next()
         if found is None:
             return F.scaled_dot_product_attention(query, key, value, **options)
-        prefix_key, prefix_value = found[0].to(key.dtype), found[1].to(value.dtype)
+        prefix_key, prefix_value = found[0].to(key), found[1].to(value)
         mask = options.get("attn_mask")
         if options.pop("is_causal", False) and query.shape[-2] == key.shape[-2]:
             scale, dropout = options.get("scale"), options.get("dropout_p", 0.0)

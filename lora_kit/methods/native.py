@@ -153,20 +153,24 @@ def _let_inputs_be_changed_in_place(model: Model) -> None:
     """
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads = functools.partial(_enable_input_gradients, model)
+    if getattr(model, "_require_grads_hooks", None):
+        _copy_inputs(model)
 
 
 def _enable_input_gradients(model: Model) -> None:
     type(model).enable_input_require_grads(model)
+    _copy_inputs(model)
+
+
+def _copy_inputs(model: Model) -> None:
+    from lora_kit import probe
+
     # every model inside has its own, but some that hash their tokens (Canine)
     inside = [m for m in model.modules() if hasattr(m, "get_input_embeddings") and _says_its_embeddings(m)]
     for embeddings in {m.get_input_embeddings() for m in inside} - {None}:
-        handle = embeddings.register_forward_hook(_copy_leaf)
+        handle = embeddings.register_forward_hook(probe.copy_leaf)
         # where transformers' own disable_input_require_grads finds it
         getattr(model, "_require_grads_hooks", []).append(handle)
-
-
-def _copy_leaf(module: "nn.Module", inputs: tuple, output: Any) -> Any:
-    return output.clone() if output.requires_grad and output.is_leaf else output
 
 
 @contextmanager
@@ -180,6 +184,10 @@ def as_named(model: Model) -> Iterator[None]:
     own = vars(model.config) if hasattr(model, "config") else {}
     before = dict(own)
     own["model_type"] = ""
+    # and, for a prefix, for the size of a vocabulary, which models that hash characters (Canine) do not have
+    nameless = hasattr(model, "config") and not hasattr(_text_config(model), "vocab_size")
+    if nameless:
+        vars(_text_config(model))["vocab_size"] = -1
     # PEFT also asks every model for its input embeddings, which some (PP-FormulaNet) do not say
     silent = hasattr(model, "get_input_embeddings") and not _says_its_embeddings(model)
     if silent:
@@ -189,9 +197,15 @@ def as_named(model: Model) -> Iterator[None]:
     finally:
         if silent:
             del model.__dict__["get_input_embeddings"]
+        if nameless:
+            del vars(_text_config(model))["vocab_size"]
         del own["model_type"]
         if "model_type" in before:
             own["model_type"] = before["model_type"]
+
+
+def _text_config(model: Model) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
 def _says_its_embeddings(model: Model) -> bool:

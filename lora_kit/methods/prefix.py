@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_kit.errors import OptionError, UnsupportedError, listing
 from lora_kit.messages import quiet
@@ -113,8 +113,13 @@ class Prefix(Method):
             self._start_ids(model)
 
     def attach(self, model: Model, heads: list[str], name: str) -> Attached:
-        from lora_kit import attention, insertion, targets
+        from functools import partial
 
+        from lora_kit import attention, insertion, targets
+        from lora_kit.methods.native import wrap
+        from lora_kit.methods.reparametrized import Reparametrized
+
+        insertion.attend_in_full(model)
         found, sites = self._sites(model)
         states = None
         if self.init == "text":
@@ -127,15 +132,20 @@ class Prefix(Method):
         reason = insertion.unreadable(model, found, sites)
         task = targets.peft_task(model, heads)
         config = insertion.config_for(task, sites, self.num_virtual_tokens, heads, reason)
-        adapted = insertion.wrap(model, config, sites, name)
+        adapted, fits = insertion.wrap(model, config, sites, name, partial(wrap, exactly=True))
+        starts = insertion.starts(sites)
         weight = adapted.prompt_encoder[name].embedding.weight
         if self.init != "random":
             weight.data.zero_()
         if states is not None:
             flat = [state.movedim(-2, 0).flatten(1) for pair in states for state in pair]
-            weight.data[:, : insertion.starts(sites)[-1]] = _cat(flat).to(weight)
+            weight.data[:, : starts[-1]] = _cat(flat).to(weight)
+        if reason is None and not (fits and insertion.agrees(adapted)):
+            reason = "PEFT's cache leads to other numbers"
+            insertion.flatten(adapted.peft_config[name], starts[-1])
         if self.reparametrization is not None:
-            insertion.reparametrize(adapted, name, sites, self.reparametrization)
+            through = Reparametrized(adapted.prompt_encoder[name].embedding, starts, self.reparametrization)
+            adapted.prompt_encoder[name] = through.to(adapted.device)
         facts = {"attention": sorted({site.role for site in sites}), "plain_peft": reason or "equal"}
         return Attached(adapted, self._coverage(model, sites, reason), facts={"prefix": facts})
 
@@ -143,6 +153,11 @@ class Prefix(Method):
         """The attention that gets a prefix, after refusing models that have none."""
         from lora_kit import attention
 
+        if model.config.model_type in attention.APPROXIMATE:
+            raise UnsupportedError(
+                f"{type(model).__name__} approximates attention, or computes it in blocks, in a way that has no place "
+                "for a prefix. Use method='lora'."
+            )
         with quiet("bitsandbytes.autograd._functions"):
             found = attention.find(model)
         if found is None:
@@ -150,17 +165,14 @@ class Prefix(Method):
                 f"prefix tuning finds a model's attention in a trial forward, and {type(model).__name__} could not be "
                 "run on token ids alone. Use method='lora'."
             )
-        if model.config.model_type in attention.APPROXIMATE:
-            raise UnsupportedError(
-                f"{type(model).__name__} approximates softmax attention in a way that has no place for a prefix. Use "
-                "method='lora'."
-            )
         if not found.sites:
             raise UnsupportedError(_without_attention(model))
         sites = tuple(site for site in found.sites if self.attention is None or site.role in self.attention)
         if not sites:
             has = listing(sorted({site.role for site in found.sites}))
-            raise OptionError(f"prefix: {type(model).__name__} has no {listing(self.attention or ())} attention: {has}.")
+            raise OptionError(
+                f"prefix: {type(model).__name__} has no {listing(self.attention or ())} attention: {has}."
+            )
         return found, sites
 
     def _coverage(self, model: Model, sites: "tuple[Site, ...]", reason: str | None) -> str:
@@ -177,7 +189,7 @@ class Prefix(Method):
     def _start_ids(self, model: Model) -> list[int]:
         """Exactly `num_virtual_tokens` token ids."""
         wanted = self.num_virtual_tokens
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = _vocabulary(model)
         if isinstance(self.init_text, str):
             ids = _tokenize(self.init_text, model)
         elif self.init_text is not None:
@@ -207,6 +219,15 @@ def _tokenize(text: str, model: Model) -> list[int]:
             "hub id that has one). Pass the token ids: init_text=tokenizer(text)['input_ids']."
         )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _vocabulary(model: Model) -> int:
+    """How many token ids there are; models that hash characters or start from latents do not say."""
+    config = model.config.get_text_config()
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return int(getattr(config, "vocab_size", None) or 256)
 
 
 def _cat(parts: "list[torch.Tensor]") -> "torch.Tensor":

@@ -20,12 +20,11 @@ class Reparametrized(PrefixEncoder):
         self.seeds = nn.Parameter(torch.randn(tokens, width))
         self.inner = nn.Linear(width, width)
         ends = [*starts[1:-1], total]
-        self.outer = nn.ModuleDict(
-            {str(start): nn.Linear(width, end - start) for start, end in zip(starts, ends, strict=False)}
-        )
-        for layer in self.outer.values():
+        outer = {str(start): nn.Linear(width, end - start) for start, end in zip(starts, ends, strict=False)}
+        for layer in outer.values():
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.outer = nn.ModuleDict(outer)
 
     def columns(self, start: int, size: int) -> Tensor:
         """(virtual tokens, size), from column `start`, where a site begins."""

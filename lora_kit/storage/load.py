@@ -1,12 +1,13 @@
 """`load`: the one way back from a folder, whatever the method."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_kit import attention, insertion, sharing, structure
 from lora_kit import base as base_models
 from lora_kit import quantization as bits
-from lora_kit import attention, insertion, sharing, structure
 from lora_kit.adaptation import Record, count_parameters, main_dtype
 from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, listing
 from lora_kit.messages import say
@@ -136,9 +137,9 @@ def _load_adapter(
     ours = bool(facts) and config.peft_type.value == "LORA"
     if ours:
         _as_modules(config, model)
-    facts, sites = _with_sites(facts, config, model)
+    sites = _sites_for(facts.get("prefix"), config, model)
     if sites:
-        adapted = insertion.wrap(model, config, sites, "default")
+        adapted, _ = insertion.wrap(model, config, sites, "default", partial(wrap, exactly=True))
     else:
         adapted = wrap(model, config, "default", exactly=ours)
     try:
@@ -154,7 +155,14 @@ def _load_adapter(
         set_peft_model_state_dict(adapted, tensors, adapter_name="default")
     if ours:
         sharing.share_equal_adapters(adapted, "default")
+    if sites and "prefix" not in facts:
+        if insertion.agrees(adapted):
+            facts = {**facts, "prefix": {"attention": ["decoder"], "plain_peft": "equal"}}
+        else:
+            insertion.undo(adapted)
+            sites = ()
     if config.peft_type.value in IN_THE_CACHE and not sites:
+        refuse_checkpointing(model)
         refuse_later_checkpointing(model)
     if not train:
         adapted.requires_grad_(False)
@@ -164,15 +172,16 @@ def _load_adapter(
     return adapted
 
 
-def _with_sites(facts: dict[str, Any], config: Any, model: Model) -> "tuple[dict[str, Any], tuple[Site, ...]]":
-    """The attention that a prefix goes into, and the manifest's facts; none for a prefix that stays PEFT's own.
+def _sites_for(known: dict[str, Any] | None, config: Any, model: Model) -> "tuple[Site, ...]":
+    """The attention that a prefix goes into, by what the manifest says of it; none for one that stays PEFT's own.
 
     A folder that plain PEFT wrote is used in attention where that gives the same result. Elsewhere (absolute positions,
     which PEFT moves) it travels in the cache, as PEFT has it.
     """
     if config.peft_type.value != "PREFIX_TUNING":
-        return facts, ()
-    known = facts.get("prefix")
+        return ()
+    if known is not None:
+        insertion.attend_in_full(model)
     found = attention.find(model)
     sites = () if found is None else found.sites
     if known is not None:
@@ -182,11 +191,11 @@ def _with_sites(facts: dict[str, Any], config: Any, model: Model) -> "tuple[dict
                 f"{type(model).__name__} has no {listing(known['attention'])} attention to put the prefix into. Load "
                 "it on the base it was trained on. Nothing was loaded."
             )
-        return facts, sites
+        return sites
     if found is None or not sites or insertion.unreadable(model, found, sites) is not None:
-        refuse_checkpointing(model)
-        return facts, ()
-    return {**facts, "prefix": {"attention": ["decoder"], "plain_peft": "equal"}}, sites
+        return ()
+    fits = insertion.starts(sites)[-1] == 2 * config.num_layers * config.token_dim
+    return sites if fits and not config.prefix_projection else ()
 
 
 def _make_room(model: Model, rows: int | None) -> None:

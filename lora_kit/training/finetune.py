@@ -264,9 +264,9 @@ def _without_adapter(trainer: "Trainer") -> Iterator[None]:
     model: Any = trainer.model
     if not hasattr(model, "get_base_model"):
         yield
-    elif model.active_peft_config.is_prompt_learning:
-        # PEFT's own switch needs prepare_inputs_for_generation, which its classification class has not; a prefix lives
-        # in the wrapper alone, so the model inside is the base
+    elif model.active_peft_config.is_prompt_learning and "disable_adapter" not in vars(model):
+        # PEFT's own switch needs prepare_inputs_for_generation, which its classification class has not; what its prompt
+        # methods train lives in the wrapper alone, so the model inside is the base
         trainer.model = model.get_base_model()
         try:
             yield
