@@ -46,6 +46,10 @@ class Site:
     """Rotary positions: radians a token for each pair of the width, and the layout as in `lean.turned`."""
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.key_shape, self.value_shape
+
+    @property
     def size(self) -> int:
         """How many numbers one virtual token has here."""
         return math.prod(self.key_shape) + math.prod(self.value_shape)

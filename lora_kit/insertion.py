@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lora_kit.attention import Found, Site
-from lora_kit.routing import SLOT, register, routed
+from lora_kit.routing import SLOT, inner_functions, register, routed
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 class Slot:
     """The prefix of one site, read from whichever adapter is active at the moment of the call."""
 
-    def __init__(self, owner: Model, site: Site, start: int):
+    def __init__(self, owner: Model, site: Site, start: int, inner: dict[str, Any] | None = None):
         self.owner, self.site, self.start = owner, site, start
+        self.inner = inner or {}
+        """transformers' attention functions by name, as this module's class would choose them."""
         self._turns: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}
 
     def states(self) -> "tuple[Tensor, Tensor] | None":
@@ -51,13 +53,11 @@ class Slot:
             self._turns[key] = angles.cos().float(), angles.sin().float()
         return self._turns[key]
 
-    def run(
-        self, inner: Any, kind: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
-    ) -> Any:
+    def run(self, kind: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         """transformers' attention function with the prefix; called in its stead."""
         from lora_kit.lean.prefix_attention import attend
 
-        found = self.states()
+        inner, found = self.inner[kind], self.states()
         if found is None:
             return inner(module, query, key, value, mask, **kwargs)
         return attend(inner, module, query, key, value, mask, *found, kind=kind, **kwargs)
@@ -108,7 +108,7 @@ def install(adapted: Model, sites: tuple[Site, ...]) -> None:
         module = base.get_submodule(site.path)
         if not site.watched:
             module.config = routed(module)
-            setattr(module, SLOT, Slot(adapted, site, start))
+            setattr(module, SLOT, Slot(adapted, site, start, inner_functions(type(module))))
             continue
         if not hasattr(module, SLOT):
             setattr(module, SLOT, Slots(vars(module).get("forward")))
@@ -118,7 +118,6 @@ def install(adapted: Model, sites: tuple[Site, ...]) -> None:
     adapted.disable_adapter = functools.partial(_disabled, adapted)
     if hasattr(base, "generate"):
         adapted.generate = functools.partial(_generate, adapted)
-    _reach_the_first_layer(base)
 
 
 def remove(adapted: Model) -> None:
@@ -167,18 +166,13 @@ def _disabled(adapted: Model) -> Iterator[None]:
             head.enable_adapters(not before)
 
 
-def _reach_the_first_layer(base: Model) -> None:
-    """Let reentrant checkpointing, which only follows inputs with a gradient, be switched on after this."""
-    for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
-        if hasattr(type(base), name):
-            setattr(base, name, functools.partial(_enable_checkpointing, base, name))
-
-
-def _enable_checkpointing(base: Model, name: str, *args: Any, **kwargs: Any) -> None:
-    getattr(type(base), name)(base, *args, **kwargs)
-    given = [*args, *kwargs.values()]
-    if any(isinstance(options, dict) and options.get("use_reentrant") for options in given):
-        base.enable_input_require_grads()
+def facts(sites: tuple[Site, ...], reason: str | None) -> dict[str, Any]:
+    """What a saved folder's manifest says of the prefix; `reason` as from `unreadable`."""
+    return {
+        "attention": sorted({site.role for site in sites}),
+        "shapes": [[list(site.key_shape), list(site.value_shape)] for site in sites],
+        "plain_peft": reason or "equal",
+    }
 
 
 def unreadable(model: Model, found: Found, sites: tuple[Site, ...]) -> str | None:
@@ -252,8 +246,6 @@ def wrap(
         setattr(fitted, field, getattr(wanted, field))
     adapted.prompt_encoder[name] = PrefixEncoder(fitted).to(adapted.device)
     install(adapted, sites)
-    if any(_is_reentrant(module) for module in model.modules()):
-        model.enable_input_require_grads()
     return adapted, same
 
 
@@ -301,11 +293,6 @@ def undo(adapted: Model) -> None:
     for name in ("forward", "generate", "disable_adapter"):
         if name in vars(adapted):
             delattr(adapted, name)
-
-
-def _is_reentrant(module: Model) -> bool:
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    return bool(getattr(function, "keywords", {}).get("use_reentrant"))
 
 
 @contextmanager

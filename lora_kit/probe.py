@@ -102,7 +102,7 @@ def reached(
     total = torch.stack([(v.float() * torch.linspace(-1, 2, v.numel()).view_as(v).to(v)).sum() for v in logits]).sum()
     gradients = torch.autograd.grad(total, [mark for _, mark in flat], allow_unused=True)
     found = [(key, gradient) for (key, _), gradient in zip(flat, gradients, strict=True) if gradient is not None]
-    return {key for key, gradient in found if not really or gradient != 0}
+    return {key for key, gradient in found if not really or gradient.any()}
 
 
 def _marker(marks: "list[torch.Tensor]") -> Any:

@@ -28,39 +28,42 @@ class Routed:
     Everything else is read from the config itself, at every access: what is changed there later holds here too.
     """
 
-    def __init__(self, real: Any, *, compared: bool = False):
+    def __init__(self, real: Any, compared: frozenset[str] = frozenset()):
         self.real = real
-        self.compared = compared
+        # made here rather than at each access, where torch.compile could not follow
+        self.names = {kind: Alike(kind) if kind in compared else f"{NAME}|{kind}" for kind in _kinds()}
 
     @property
     def _attn_implementation(self) -> str:
-        kind = self.real._attn_implementation
-        return Alike(kind) if self.compared else f"{NAME}|{kind}"
+        return self.names[self.real._attn_implementation]
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("real", "compared") or name.startswith("__"):  # asked for while being copied or unpickled
+        if name in ("real", "names") or name.startswith("__"):  # asked for while being copied or unpickled
             raise AttributeError(name)
         return getattr(self.real, name)
 
 
 class Alike(str):
-    """Our function's name for modules that also compare it with the names they know: equal to the one inside, too."""
+    """Our function's name for modules that also compare it with one they know: equal to the one inside, too.
+
+    torch.compile cannot follow it into the registry and breaks its graph there.
+    """
+
+    names: tuple[str, str]
 
     def __new__(cls, kind: str) -> "Alike":
         made = super().__new__(cls, f"{NAME}|{kind}")
-        made.kind = kind
+        made.names = kind, f"{NAME}|{kind}"
         return made
 
-    kind: str
-
     def __getnewargs__(self) -> tuple[str]:
-        return (self.kind,)
+        return (self.names[0],)
 
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) is True or str.__eq__(self.kind, other) is True
+        return other in self.names
 
     def __ne__(self, other: object) -> bool:
-        return not self == other
+        return other not in self.names
 
     __hash__ = str.__hash__
 
@@ -82,41 +85,45 @@ def register() -> None:
     """Name our function in transformers' registry, once for each that it may stand in front of; replaces nothing."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    for kind in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
-        if not kind.startswith((NAME, "paged|")) and f"{NAME}|{kind}" not in ALL_ATTENTION_FUNCTIONS:
+    for kind in _kinds():
+        if f"{NAME}|{kind}" not in ALL_ATTENTION_FUNCTIONS:
             ALL_ATTENTION_FUNCTIONS.register(f"{NAME}|{kind}", functools.partial(route, kind))
 
 
-def route(kind: str, module: Model, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-    """The attention function `kind`, with the prefix of this module where it has one."""
-    inner = inner_function(type(module), kind)  # type: ignore[arg-type]  # a class is hashable
-    if "flash" in kind:
-        module = AsItIs(module)
-    slot = getattr(module, SLOT, None)
-    if slot is None:
-        return inner(module, query, key, value, attention_mask, **kwargs)
-    return slot.run(inner, kind, module, query, key, value, attention_mask, **kwargs)
-
-
-@functools.cache
-def inner_function(cls: type, kind: str) -> Any:
-    """transformers' function of that name; `eager` is each model file's own."""
+def _kinds() -> list[str]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    return ["eager", *(kind for kind in ALL_ATTENTION_FUNCTIONS.valid_keys() if not kind.startswith((NAME, "paged|")))]
+
+
+def route(kind: str, module: Model, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    """The attention function `kind`, with the prefix of this module."""
+    slot = getattr(module, SLOT)
+    if "flash" in kind:
+        module = AsItIs(module)
+    return slot.run(kind, module, query, key, value, attention_mask, **kwargs)
+
+
+def inner_functions(cls: type) -> dict[str, Any]:
+    """transformers' functions by name, as this class would choose them; `eager` is each model file's own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    found: dict[str, Any] = {}
     for base in cls.__mro__:
         forward = vars(base).get("forward")
         names = getattr(inspect.unwrap(forward), "__globals__", {}) if forward else {}
         interface = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
         eager = next((names[name] for name in names if name.endswith("eager_attention_forward")), None)
-        found = eager if kind == "eager" else interface.get(kind)
-        if found is not None:
-            return found
-    raise LookupError(f"{cls.__name__} has no attention function {kind!r}")
+        for kind in _kinds():
+            function = eager if kind == "eager" else interface.get(kind)
+            if function is not None:
+                found.setdefault(kind, function)
+    return found
 
 
 def routed(module: Model) -> Routed:
     """The view of its config that a module of the interface gets."""
-    return Routed(module.config, compared=_compares(type(module)))
+    return Routed(module.config, _compared(type(module)))
 
 
 def routable(model: Model) -> Iterator[tuple[str, Model]]:
@@ -135,8 +142,10 @@ def _asks_by_name(cls: type) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in _source(cls)
 
 
-def _compares(cls: type) -> bool:
-    return bool(re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", _source(cls)))
+def _compared(cls: type) -> frozenset[str]:
+    """The names that the class compares its function's name with."""
+    after = re.findall(r"_attn_implementation\s*(?:==|!=|in\b|not in\b)(.*)", _source(cls))
+    return frozenset(kind for text in after for kind in re.findall(r"[\"'](\w+)[\"']", text))
 
 
 @functools.cache
@@ -182,14 +191,13 @@ class Looking:
     look: "Look"
     path: str
 
-    def run(
-        self, inner: Any, kind: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
-    ) -> Any:
+    def run(self, kind: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         from lora_kit.watching import Seen
 
         seen = Seen(self.path, 0, False, key.detach(), value.detach(), window=kwargs.get("sliding_window"))
         self.look.seen.append(seen)
         self.look.muted += 1
+        inner = inner_functions(type(getattr(module, "module", module)))[kind]
         try:
             output, *rest = inner(module, query, key, value, mask, **kwargs)
             return self.look.marked(seen, output), *rest

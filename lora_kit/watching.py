@@ -27,7 +27,7 @@ class Seen:
     scale: float = 1.0
     window: int | None = None
     mark: Tensor | None = None
-    """A zero that was added to the output, through which a gradient shows whether it reaches the model's."""
+    """Zeros that were added to the output, through which a gradient shows whether it reaches the model's."""
     used: bool = True
 
 
@@ -77,9 +77,9 @@ class Look(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def marked(self, seen: Seen, output: Tensor) -> Tensor:
-        """The output of an attention, with a zero in it."""
+        """The output of an attention, with zeros in it."""
         with torch.enable_grad():
-            seen.mark = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            seen.mark = torch.zeros_like(output, requires_grad=True)
             return output + seen.mark
 
     def _count(self, run: Run) -> int:

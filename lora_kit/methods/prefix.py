@@ -146,7 +146,7 @@ class Prefix(Method):
         if self.reparametrization is not None:
             through = Reparametrized(adapted.prompt_encoder[name].embedding, starts, self.reparametrization)
             adapted.prompt_encoder[name] = through.to(adapted.device)
-        facts = {"attention": sorted({site.role for site in sites}), "plain_peft": reason or "equal"}
+        facts = insertion.facts(sites, reason)
         return Attached(adapted, self._coverage(model, sites, reason), facts={"prefix": facts})
 
     def _sites(self, model: Model) -> "tuple[Found, tuple[Site, ...]]":

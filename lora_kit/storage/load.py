@@ -157,7 +157,7 @@ def _load_adapter(
         sharing.share_equal_adapters(adapted, "default")
     if sites and "prefix" not in facts:
         if insertion.agrees(adapted):
-            facts = {**facts, "prefix": {"attention": ["decoder"], "plain_peft": "equal"}}
+            facts = {**facts, "prefix": insertion.facts(sites, None)}
         else:
             insertion.undo(adapted)
             sites = ()
@@ -186,16 +186,27 @@ def _sites_for(known: dict[str, Any] | None, config: Any, model: Model) -> "tupl
     sites = () if found is None else found.sites
     if known is not None:
         sites = tuple(site for site in sites if site.role in known["attention"])
-        if not sites:
-            raise AdapterMismatchError(
-                f"{type(model).__name__} has no {listing(known['attention'])} attention to put the prefix into. Load "
-                "it on the base it was trained on. Nothing was loaded."
-            )
+        _compare_sites(known["shapes"], sites, model)
         return sites
     if found is None or not sites or insertion.unreadable(model, found, sites) is not None:
         return ()
     fits = insertion.starts(sites)[-1] == 2 * config.num_layers * config.token_dim
     return sites if fits and not config.prefix_projection else ()
+
+
+def _compare_sites(wanted: list[Any], sites: "tuple[Site, ...]", model: Model) -> None:
+    """Refuse unless the model's attentions are, one by one, of the shapes that the prefix was trained for."""
+    name = type(model).__name__
+    said = f"{name} has {len(sites)} attentions for this prefix, which was trained for {len(wanted)}"
+    if len(sites) == len(wanted):
+        pairs = [(tuple(keys), tuple(values)) for keys, values in wanted]
+        wrong = [(site, pair) for site, pair in zip(sites, pairs, strict=True) if site.shapes != pair]
+        if not wrong:
+            return
+        site, pair = wrong[0]
+        said = f"{name}: {site.path} has keys and values of {site.key_shape} and {site.value_shape} (heads, width); "
+        said += f"the prefix and its numbers were trained for {pair[0]} and {pair[1]}"
+    raise AdapterMismatchError(f"{said}. Load it on the base it was trained on. Nothing was loaded.")
 
 
 def _make_room(model: Model, rows: int | None) -> None:
