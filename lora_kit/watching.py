@@ -32,10 +32,10 @@ class Seen:
 
 
 class Look(TorchFunctionMode):
-    """Notes each attention of a forward in `seen`. Gradients are cut at every product of two stacks of matrices.
+    """Notes each attention of a forward in `seen`.
 
-    The result of such a product becomes a leaf. Where a softmax follows, the gradient of its input by that leaf shows
-    that the one became the other, and with what factor.
+    Zeros are added to the result of every product of two stacks of matrices. Where a softmax follows, the gradient of
+    its input by those zeros shows that the one became the other, and with what factor.
     """
 
     def __init__(self, rows: int):
@@ -94,10 +94,10 @@ class Look(TorchFunctionMode):
         if not result.is_floating_point():
             return result
         with torch.enable_grad():
-            product.mark = result.detach().requires_grad_()
+            product.mark = torch.zeros_like(result, requires_grad=True)
             product.shape = tuple(result.shape)
             self._products.append((product, list(self._stack)))
-            return product.mark * 1.0
+            return result + product.mark
 
     def _softmax(self, scores: Tensor) -> None:
         fitting = [

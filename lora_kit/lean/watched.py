@@ -33,7 +33,7 @@ class Product:
     equation: tuple[str, str, str] | None = None
     """The letters of left, right and result, for an einsum."""
     mark: Tensor | None = None
-    """While looking: the leaf through which a gradient shows what became of the result."""
+    """While looking: zeros in the result, through which a gradient shows what became of it."""
     shape: tuple[int, ...] = ()
 
     def with_prefix(self, states: Tensor) -> Tensor:
