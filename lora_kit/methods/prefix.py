@@ -39,7 +39,7 @@ class Prefix(Method):
     mergeable: ClassVar[bool] = False
     quantizable: ClassVar[bool] = True
     rate: ClassVar[Rate] = Rate(3e-2, 0.3)
-    language_rate: ClassVar[Rate] = Rate(3e-2, 0.3)
+    language_rate: ClassVar[Rate] = Rate(5e-2, 0.4)
     head_factor: ClassVar[float] = 1.0
     weight_decay: ClassVar[float] = 0.0
     warmup: ClassVar[float] = 0.1
