@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import torch  # noqa: E402 (after the number of threads)
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,7 +115,10 @@ def measure(dtype: str, rows: int, length: int, kinds: list[str], options: argpa
 
 
 def report(rows: list[dict[str, Any]], about: str) -> str:
-    lines = ["| dtype | batch × tokens | method | step s | of frozen (quartiles) | peak MB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| dtype | batch × tokens | method | step s | of frozen (quartiles) | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         low, high = row["quartiles"]
         lines.append(
@@ -138,7 +141,9 @@ def main() -> None:
     from lora_kit.storage.manifest import versions
 
     torch.set_num_threads(1)
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     facts = {**versions(), **machine("cpu"), "commit": done.stdout.strip()}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +152,7 @@ def main() -> None:
         for shape in SHAPES:
             rows += measure(dtype, *shape, ["frozen", *options.methods], options)
             print(report(rows[-1 - len(options.methods) :], ""), flush=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows))
+    (folder / "steps.jsonl").write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows))
     about = (
         f"{options.layers} layers of width 896, vocabulary {options.vocabulary:,}, {TOKENS} virtual tokens, "
         f"{options.rounds} rounds, one thread; {facts['device']}, torch {facts['torch']}, "
