@@ -69,10 +69,11 @@ def report(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {steps} | {start} | {before:.3f} | {after:.3f} | {gains[steps, start]:.3f} | {share:.2f} |")
     first = rows[0]
     versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
-    seeds = len({row["seed"] for row in rows})
+    count = len({row["seed"] for row in rows})
+    seeds = "one seed" if count == 1 else f"{count} seeds"
     about = (
         f"Model {first['model']}, data {first['data']}; {first['size']}, learning rate {first['learning_rate']:g}, "
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}; {first['machine']['device']}; {versions}; commit {first['commit']}."
+        f"{seeds}; {first['machine']['device']}; {versions}; commit {first['commit']}."
     )
     return "# What a prefix gains by where it starts\n\n" + "\n".join(lines) + f"\n\n{about}\n"
 

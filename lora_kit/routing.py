@@ -144,8 +144,12 @@ def _asks_by_name(cls: type) -> bool:
 
 def _compared(cls: type) -> frozenset[str]:
     """The names that the class compares its function's name with."""
-    after = re.findall(r"_attn_implementation\s*(?:==|!=|in\b|not in\b)(.*)", _source(cls))
-    return frozenset(kind for text in after for kind in re.findall(r"[\"'](\w+)[\"']", text))
+    source = _source(cls)
+    after = re.findall(r"_attn_implementation\s*(?:==|!=|in\b|not in\b)(.*)", source)
+    names = {kind for text in after for kind in re.findall(r"[\"'](\w+)[\"']", text)}
+    # in transformers 5.0 this is how a function is taken from the registry, and must not find the name to be eager's
+    guarded = re.search(r"_attn_implementation != .eager.:\s+attention_interface", source)
+    return frozenset(names - {"eager"} if guarded else names)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Prefix tuning of whole models: checkpointing, generation, packing, loops, files, and every refusal."""
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora_kit import Prefix, adapt, attention, load, param_groups, save, training_defaults
 from lora_kit.errors import AdapterMismatchError, OptionError, UnsupportedError
@@ -428,6 +430,8 @@ def test_the_manifest_says_what_plain_peft_makes_of_it(tmp_path):
         "bert": "absolute positions",
         "t5": "an encoder-decoder",
     }
+    if "position_bias" not in inspect.signature(sdpa_attention_forward).parameters:
+        said["t5"] = "attention written out by hand"  # as in transformers 5.0
     for family, words in said.items():
         folder = save(adapt(tiny.build(family), "prefix"), tmp_path / family)
         found = json.loads((folder / "lora_kit.json").read_text())["prefix"]
@@ -471,17 +475,17 @@ def test_transformers_trainer(tmp_path, checkpointing):
 def test_trl_sft_trainer(tmp_path):
     """Its defaults switch checkpointing on."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
+    trl = pytest.importorskip("trl")
     model = adapt(tiny.build("llama"), "prefix")
     before = weight(model).detach().clone()
     texts = Dataset.from_dict({"text": [" ".join(f"w{(7 * i + j) % 40}" for j in range(9)) for i in range(24)]})
-    arguments = SFTConfig(
+    arguments = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, report_to=[], use_cpu=True,
         save_strategy="no", logging_steps=1, **training_defaults(model),
     )  # fmt: skip
     assert arguments.gradient_checkpointing
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=texts, processing_class=tiny.tokenizer())
+    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=texts, processing_class=tiny.tokenizer())
     trainer.train()
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert not torch.equal(weight(model), before)
