@@ -269,11 +269,22 @@ def trial_inputs(
         if "input_features" in takes:
             frames = 2 * getattr(config, "max_source_positions", 32)
             more.append({"input_features": torch.randn(2, sound, frames, device=device, dtype=dtype)})
-            more.append({"input_features": torch.randn(2, 64, sound, device=device, dtype=dtype)})
+            for width in dict.fromkeys((sound, *_sound_widths(config))):
+                more.append({"input_features": torch.randn(2, 64, width, device=device, dtype=dtype)})
         if "input_values" in takes:
             more.append({"input_values": torch.randn(2, 4000, device=device, dtype=dtype)})
         for extra in more:
             yield {k: v for k, v in {**basic, **extra}.items() if k in takes or "kwargs" in takes}
+        if "input_ids" in takes:
+            yield {"input_ids": ids}  # a mask makes some look for images
+
+
+def _sound_widths(config: Any) -> Iterator[int]:
+    """Numbers of features a moment of sound may have, from all over the config."""
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+        for key in ("num_mel_bins", "feature_projection_input_dim", "feature_size", "input_feat_per_channel"):
+            if isinstance(getattr(part, key, None), int):
+                yield getattr(part, key)
 
 
 def _classifies(model: Model) -> bool:

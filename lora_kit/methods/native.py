@@ -122,7 +122,7 @@ def wrap(model: Model, config: Any, name: str, *, exactly: bool = False) -> Mode
     import warnings
     from contextlib import nullcontext
 
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
 
     from lora_kit import probe, stacks, structure
 
@@ -134,7 +134,10 @@ def wrap(model: Model, config: Any, name: str, *, exactly: bool = False) -> Mode
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", module="peft")
         # PEFT looks among the modules alone for what a pattern of ranks names
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", module="peft")
-        adapted = get_peft_model(model, config, adapter_name=name)
+        if config.is_prompt_learning and config.task_type is None:
+            adapted = PeftModel(model, config, adapter_name=name)  # get_peft_model does it for the other methods only
+        else:
+            adapted = get_peft_model(model, config, adapter_name=name)
     stacks.adapt_parameters_(adapted)
     train_heads_in_float32(adapted, name)
     _keep_statistics(adapted)
