@@ -152,8 +152,10 @@ def look(
 
     with probe.trial(model):
         for inputs in probe.trial_inputs(model, text, lengths):
+            ids = inputs.get("input_ids")
             if shift is not None:
-                ids = inputs["input_ids"]
+                if ids is None:
+                    continue
                 place = torch.arange(ids.shape[1], device=ids.device) + shift
                 inputs["position_ids"] = place.expand(ids.shape[0], -1)
             looking = Look(rows=next(iter(inputs.values())).shape[0])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_kit import quantization
 from lora_kit.errors import AlreadyAdaptedError, OptionError, UnsupportedError, listing, nearest
 from lora_kit.messages import say
+from lora_kit.routing import SLOT
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def _examine_object(model: Model, device: str | None) -> Source:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     # an unloaded model may keep PEFT's config as a mere attribute (PEFT 0.18)
-    if hasattr(model, "get_base_model") or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+    carries = any(isinstance(m, BaseTunerLayer) or SLOT in vars(m) for m in model.modules())
+    if hasattr(model, "get_base_model") or carries:
         names = listing(getattr(model, "peft_config", ["?"]))
         raise AlreadyAdaptedError(
             f"this {type(model).__name__} already carries an adapter ({names}); "

@@ -3,7 +3,7 @@
 The numbers are PEFT's own parameter, `prompt_encoder.<name>.embedding.weight` of shape (virtual tokens, everything),
 site after site, keys before values. What is set on the instance handed in: for each attention module its `config` (a
 view that names our function) or, where attention is written out by hand, its `forward`; on PEFT's object `forward`,
-`generate` and `disable_adapter`, which would put the prefix into the cache.
+`generate` and `disable_adapter`, which would put the prefix into the cache, and `unload`, which PEFT has for others.
 """
 
 import functools
@@ -116,6 +116,7 @@ def install(adapted: Model, sites: tuple[Site, ...]) -> None:
         getattr(module, SLOT).slots[site.call] = Slot(adapted, site, start)
     adapted.forward = functools.partial(_forward, adapted)
     adapted.disable_adapter = functools.partial(_disabled, adapted)
+    adapted.unload = functools.partial(unload, adapted)
     if hasattr(base, "generate"):
         adapted.generate = functools.partial(_generate, adapted)
 
@@ -130,6 +131,22 @@ def remove(adapted: Model) -> None:
                 module.forward = slot.forward
         elif slot is not None:
             module.config = module.config.real
+
+
+def unload(adapted: Model) -> Model:
+    """Take the prefix and the trained heads off again; returns the base as it was handed in, whose weights are frozen.
+
+    As `unload` of PEFT's other methods; on PEFT's object it is there as a method.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    base = adapted.get_base_model()
+    remove(adapted)
+    for path, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, name = path.rpartition(".")
+            setattr(base.get_submodule(parent), name, module.original_module)
+    return base
 
 
 def attend_in_full(model: Model) -> None:
@@ -290,7 +307,7 @@ def flatten(config: Any, total: int) -> None:
 def undo(adapted: Model) -> None:
     """Give the model back to PEFT: its prefix travels in the cache from here on."""
     remove(adapted)
-    for name in ("forward", "generate", "disable_adapter"):
+    for name in ("forward", "generate", "disable_adapter", "unload"):
         if name in vars(adapted):
             delattr(adapted, name)
 

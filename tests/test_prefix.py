@@ -16,7 +16,7 @@ import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora_kit import Prefix, adapt, attention, load, param_groups, save, training_defaults
-from lora_kit.errors import AdapterMismatchError, OptionError, UnsupportedError
+from lora_kit.errors import AdapterMismatchError, AlreadyAdaptedError, OptionError, UnsupportedError
 
 FAMILIES = ("llama", "gpt2", "bert", "t5")
 
@@ -386,6 +386,25 @@ def test_disabled_is_the_base(family):
         torch.testing.assert_close(logits(model, **batch), logits(tiny.build(family), **batch))
 
 
+@pytest.mark.parametrize("family", ["llama", "bert", "bloom"])
+def test_unload_gives_the_base_back(family):
+    """Before it, the base cannot be adapted to something else: the prefix would be in it, and in no file."""
+    base, batch = (build(family), {"input_ids": torch.tensor([[5, 6, 7]])}) if family == "bloom" else (None, None)
+    base, batch = base or tiny.build(family), batch or tiny.batch(family)
+    expected = logits(base, **batch)
+    before = {path: set(vars(module)) for path, module in base.named_modules()}
+    model = adapt(base, "prefix")
+    assert not torch.allclose(logits(model, **batch), expected, atol=1e-4)
+    with pytest.raises(AlreadyAdaptedError, match=r"model = model\.unload\(\)"):
+        adapt(base, "lora")
+    assert model.unload() is base
+    assert torch.equal(logits(base, **batch), expected)
+    after = {path: set(vars(module)) for path, module in base.named_modules()}
+    # PEFT's own traces on the model, and a way to switch checkpointing on that copies what the embeddings give
+    assert {path for path in after if after[path] != before.get(path)} <= {""}
+    adapt(base, "lora", rank=2)
+
+
 # --- files
 
 
@@ -557,6 +576,7 @@ def test_wrong_values():
         ({"prefix_projection": True}, "Here it is called 'reparametrization'"),
         ({"init_text": "w1"}, "no tokenizer is known"),
         ({"init_text": (1, 99999)}, "99999"),
+        ({"init_text": ["w1", "w2"]}, r"one text or a list of token ids, got \('w1', 'w2'\)"),
     ):
         model = tiny.build("llama")
         with pytest.raises(OptionError, match=says):

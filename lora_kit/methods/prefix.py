@@ -73,6 +73,9 @@ class Prefix(Method):
             raise OptionError(f"prefix: init_text needs init='text', got init={self.init!r}.")
         if isinstance(self.init_text, list):
             object.__setattr__(self, "init_text", tuple(self.init_text))
+        ids = self.init_text if isinstance(self.init_text, tuple) else ()
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise OptionError(f"prefix: init_text must be one text or a list of token ids, got {self.init_text!r}.")
         if self.attention is not None:
             chosen = (self.attention,) if isinstance(self.attention, str) else tuple(self.attention)
             if not chosen or set(chosen) - set(ROLES):
@@ -193,7 +196,7 @@ class Prefix(Method):
         if isinstance(self.init_text, str):
             ids = _tokenize(self.init_text, model)
         elif self.init_text is not None:
-            ids = [int(i) for i in self.init_text]
+            ids = list(self.init_text)
         else:
             # No text is known. Vocabularies are ordered by merge rank or frequency: after the special and
             # single-byte entries at the front come the common words.

@@ -147,7 +147,7 @@ def _load_adapter(
     except AdapterMismatchError:
         # take the wrapping off again, so that a base that was handed in can be used for something else
         if sites:
-            insertion.remove(adapted)
+            insertion.unload(adapted)
         elif hasattr(adapted.base_model, "unload"):
             adapted.base_model.unload()
         raise
