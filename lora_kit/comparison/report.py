@@ -71,7 +71,7 @@ def notes(rows: list[Row]) -> list[str]:
         f"Peak MB: {one['peak_of']} at the peak of a training step on the longest rows (weights, gradients, optimizer "
         "states and activations), 1 MB = 10⁶ bytes. Step ms: median after the first two steps.",
         f"{device['device']}, {device['threads']} of {device['cores']} cores, Python {device['python']}; {versions}; "
-        f"commit {one['commit']}.",
+        f"{_commits(done)}.",
     ]
     if one["metric"] == "loss":
         lines.insert(1, "Loss is the mean over held-out tokens; lower is better. Of full's gain: how much of what full "
@@ -166,3 +166,15 @@ def plot(rows: list[Row], file: Path) -> bool:
     axes.legend()
     figure.savefig(file, dpi=150)
     return True
+
+
+def _commits(rows: list[Row]) -> str:
+    """`"commit 1f2e"`, or which methods' rows come from which commit."""
+    of: dict[str, list[str]] = {}
+    for row in rows:
+        methods = of.setdefault(row["commit"], [])
+        if row["method"] not in methods:
+            methods.append(row["method"])
+    if len(of) == 1:
+        return f"commit {next(iter(of))}"
+    return "commits " + ", ".join(f"{commit} ({' and '.join(methods)})" for commit, methods in of.items())
