@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora_kit import Prefix, adapt, attention, load, param_groups, save, training_defaults
 from lora_kit.errors import AdapterMismatchError, AlreadyAdaptedError, OptionError, UnsupportedError
+from lora_kit.memory.tracker import PeakBytes, resident_tensors
 
 FAMILIES = ("llama", "gpt2", "bert", "t5")
 
@@ -164,6 +165,23 @@ def test_compile(family):
         gradients.append(weight(model).grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_holds_no_more_than_lora_s(family):
+    """Peak of live bytes, weights and optimizer states included, at an odd shape."""
+    peaks = {}
+    for method in ("prefix", "lora"):
+        model = adapt(tiny.build(family), method)
+        batch = tiny.batch(family, rows=5, length=37)
+        optimizer = torch.optim.AdamW(param_groups(model))
+        for _ in range(2):
+            with PeakBytes("cpu", resident_tensors(model, optimizer)) as memory:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        peaks[method] = memory.peak
+    assert peaks["prefix"] <= peaks["lora"], peaks
 
 
 # --- generation
