@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_kit import structure
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def find(model: Model) -> Found | None:
     seen = look(model)
     if seen is None:
         return None
-    towers = _towers(model)
+    towers = structure.Towers(model)
     runs = Counter((one.path, one.call) for one in seen)
     if any(one.watched for one in seen):
         # what looks like attention over tokens but has other shapes for more of them is none
@@ -170,12 +171,6 @@ def look(
                 one.used = reached is None or i in reached
             return looking.seen
     return None
-
-
-def _towers(model: Model) -> Any:
-    from lora_kit import structure
-
-    return structure.Towers(model)
 
 
 def _shape(states: "Tensor | None") -> tuple[int, ...]:

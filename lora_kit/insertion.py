@@ -7,6 +7,7 @@ view that names our function) or, where attention is written out by hand, its `f
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class Slot:
             return None
         columns = columns_of(self.owner.prompt_encoder[self.owner.active_adapter], self.start, self.site.size)
         tokens = columns.shape[0]
-        width = self.site.size - _numbers(self.site.value_shape)
+        width = math.prod(self.site.key_shape)
         keys = columns[:, :width].reshape(tokens, *self.site.key_shape).movedim(0, -2)
         values = columns[:, width:].reshape(tokens, *self.site.value_shape).movedim(0, -2)
         if self.site.turn is not None:
@@ -323,9 +324,3 @@ def _unchecked(model: Model) -> Iterator[None]:
     finally:
         for module in on:
             module.gradient_checkpointing = True
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    import math
-
-    return math.prod(shape)

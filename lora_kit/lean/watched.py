@@ -133,10 +133,11 @@ class Watch(TorchFunctionMode):
             return F.scaled_dot_product_attention(query, key, value, **options)
         prefix_key, prefix_value = found[0].to(key), found[1].to(value)
         mask = options.get("attn_mask")
-        if options.pop("is_causal", False) and query.shape[-2] == key.shape[-2]:
+        is_causal = options.pop("is_causal", False)
+        if is_causal and query.shape[-2] == key.shape[-2]:
             scale, dropout = options.get("scale"), options.get("dropout_p", 0.0)
             return prefix_attention.causal(query, key, value, prefix_key, prefix_value, scale=scale, dropout=dropout)
-        if kwargs.get("is_causal", False):
+        if is_causal:
             mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=key.device).tril()
         if mask is not None:
             options["attn_mask"] = prefix_attention.put_before(

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from lora_kit.attention import ROLES
 from lora_kit.errors import OptionError, UnsupportedError, listing
 from lora_kit.messages import quiet
 from lora_kit.methods.method import Attached, Method, Rate, positive_integer
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from lora_kit.attention import Found, Site
-
-ROLES = ("decoder", "encoder", "cross")
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,8 @@ def _load_adapter(
     if sites:
         adapted, _ = insertion.wrap(model, config, sites, "default", partial(wrap, exactly=True))
     else:
+        if config.peft_type.value in IN_THE_CACHE:
+            refuse_checkpointing(model)
         adapted = wrap(model, config, "default", exactly=ours)
     try:
         _compare(file, tensors, adapted)
