@@ -382,3 +382,15 @@ def test_turned_is_a_rotation_of_pairs(layout):
     part = found[..., start : start + 8]
     x, y = (part[..., 0::2], part[..., 1::2]) if neighbours else (part[..., :4], part[..., 4:])
     torch.testing.assert_close(torch.complex(x, y), wanted)
+
+
+def test_a_causal_flag_given_by_place():
+    """torch counts it from the first key, also where there are more keys than queries."""
+    inputs = tensors(queries=4, key_heads=HEADS)
+    sees = torch.ones(4, TOKENS, dtype=torch.bool).tril()[None, None]
+
+    def run(query, key, value, prefix_key, prefix_value):
+        with Watch(lambda call: (prefix_key, prefix_value, 1.0)):
+            return functional.scaled_dot_product_attention(query, key, value, None, 0.0, True)
+
+    equal(results(run, inputs), results(lambda *states: prefix_attention(*states, WIDTH**-0.5, sees), inputs))
