@@ -58,6 +58,7 @@ def adapt(
     task: str | None = None,
     dtype: "torch.dtype | str" = "auto",
     device: str | None = None,
+    lean: bool | str = True,
     name: str = "default",
     model_kwargs: dict[str, Any] | None = None,
     **options: Any,
@@ -78,6 +79,8 @@ def adapt(
             a path.
         dtype: dtype to load the weights in; `"auto"` is the checkpoint's own. Only for an id or a path.
         device: where to put the model. None: a model to be loaded goes to the GPU if there is one.
+        lean: True for a training step that keeps less and computes the same (`lora_kit.lean.switch.enable`); False
+            for PEFT's and transformers' own; `"low-memory"` to keep still less and compute the MLPs twice.
         name: name of the adapter.
         model_kwargs: passed on to `from_pretrained`, such as `{"num_labels": 3}`. Only for an id or a path.
         options: fields of the method's option class, such as `rank=32`.
@@ -100,7 +103,10 @@ def adapt(
         >>> model.peft_config["default"].r
         4
     """
+    from lora_kit.lean import switch
+
     chosen = resolve(method, options)
+    switch.check(lean)
     quantized = resolve_quantization(quantization, chosen)
 
     source = base.examine(model, task=task, dtype=dtype, device=device, model_kwargs=model_kwargs)
@@ -134,6 +140,7 @@ def adapt(
     )
     attached.model.lora_kit_record = record
     attached.model.train()
+    switch.enable(attached.model, lean)
     say(report(attached.model, chosen, attached.coverage, record, staying.left_out() if staying else ""))
     return attached.model
 

@@ -1,0 +1,269 @@
+"""Logits that are computed when somebody reads them.
+
+`Logits` is a tensor that knows the hidden states and the head it would come from. A loss needs no more than these: where
+`torch.nn.functional.cross_entropy` meets one, `linear_cross_entropy` answers in its place, whatever the model's own code
+did in between (a shift by one token, a scale, a cap, a cast, a flattening). Any other operation gets the tensor itself,
+computed at that moment, with its gradient. So a model's forward stays as it is written, and so does its user's code.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+
+from lora_kit.lean.linear_loss import Head, linear_cross_entropy
+
+# done to each entry by itself: they can wait until the entries are there
+_ENTRYWISE = {
+    torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to,
+    torch.Tensor.type, torch.Tensor.contiguous, torch.Tensor.mul, torch.Tensor.div, torch.Tensor.true_divide,
+    torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__truediv__, torch.Tensor.add, torch.Tensor.__add__,
+    torch.Tensor.__radd__, torch.Tensor.sub, torch.Tensor.__sub__, torch.Tensor.tanh, torch.mul, torch.div,
+    torch.true_divide, torch.add, torch.sub, torch.tanh, torch.Tensor.clamp, torch.clamp,
+}  # fmt: skip
+_SHAPED = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten}
+_CASTS = {
+    torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to,
+    torch.Tensor.type,
+}  # fmt: skip
+
+
+class Step(NamedTuple):
+    """Something done to each entry of the logits."""
+
+    run: Callable[[Tensor], Tensor]
+    cast: bool
+    """Whether it changes the dtype alone."""
+
+
+class Logits(torch.Tensor):
+    """(..., vocabulary) logits that do not exist yet; computed by the first operation that needs their values."""
+
+    hidden: Tensor
+    head: Head
+    steps: tuple[Step, ...]
+    sample: Tensor
+    """(0, vocabulary): what an operation does to it, it does to the logits, and it costs nothing."""
+    raw: torch.dtype
+    """What the head gives, before any step."""
+    found: Tensor | None
+
+    @staticmethod
+    def of(hidden: Tensor, head: Head) -> "Logits":
+        """The logits of `hidden` (..., hidden size)."""
+        with torch.no_grad():
+            sample = head.run(hidden.detach().reshape(-1, hidden.shape[-1])[:0])
+        return _lazily(hidden, head, (), sample, sample.dtype)
+
+    def values(self) -> Tensor:  # type: ignore[override]  # sparse tensors have a method of this name; these are dense
+        """The logits themselves, with their gradient where one is wanted."""
+        if self.found is None or (torch.is_grad_enabled() and not self.found.requires_grad):
+            self.found = _steps(self.head.run(self.hidden), self.steps)
+        return self.found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__" or func in _ASKED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        first = args[0] if args else None
+        if isinstance(first, Logits):
+            answer = None
+            if func is functional.cross_entropy:
+                answer = _cross_entropy(first, *args[1:], **kwargs)
+            elif func in _SHAPED:
+                answer = _shaped(first, func, args[1:], kwargs)
+            elif func is torch.Tensor.__getitem__:
+                answer = _rows(first, args[1])
+            elif func in (torch.Tensor.detach, torch.detach):
+                with torch.no_grad():
+                    return first.values().detach()
+            if answer is not None:
+                return answer
+        if func in _ENTRYWISE:
+            answer = _entrywise(func, args, kwargs)
+            if answer is not None:
+                return answer
+        return func(*_computed(args), **_computed(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # what goes past Python's operators, such as another autograd function: here without a graph, which is
+        # `_Reached`'s
+        with torch.no_grad():
+            return func(*_computed(args), **_computed(kwargs or {}))
+
+
+# answered by what the tensor says of itself
+_ASKED = {
+    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.ndimension,
+    torch.Tensor.is_floating_point, torch.is_floating_point, torch.Tensor.element_size, torch.Tensor.get_device,
+    torch.numel, torch.is_tensor, torch.Tensor.__len__,
+}  # fmt: skip
+
+
+class _Reached(Function):
+    """Ties the logits that do not exist to the graph, so that code which never asks Python differentiates right."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head, steps: tuple, dtype: torch.dtype, *parameters: Tensor) -> Logits:
+        ctx.head, ctx.steps = head, steps
+        ctx.save_for_backward(hidden, *parameters)
+        made: Logits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # missing in torch's stubs
+            Logits, (*hidden.shape[:-1], head.vocabulary), dtype=dtype, device=hidden.device
+        )
+        made.found = None
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, change: Tensor) -> tuple:
+        hidden, *parameters = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_(needed[0])
+            values = _steps(ctx.head.run(leaf), ctx.steps)
+        wanted = [leaf] * needed[0] + [p for p, need in zip(parameters, needed[4:], strict=True) if need]
+        found = iter(torch.autograd.grad(values, wanted, change, allow_unused=True))
+        return tuple(next(found) if need else None for need in needed)
+
+
+def _lazily(hidden: Tensor, head: Head, steps: tuple[Step, ...], sample: Tensor, raw: torch.dtype) -> Logits:
+    made: Logits = _Reached.apply(hidden, head, steps, sample.dtype, *head.parameters)
+    made.hidden, made.head, made.steps, made.sample, made.raw, made.found = hidden, head, steps, sample, raw, None
+    return made
+
+
+def _steps(values: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    for step in steps:
+        values = step.run(values)
+    return values
+
+
+def _computed(given: Any) -> Any:
+    """The same arguments with logits that exist."""
+    if isinstance(given, Logits):
+        return given.values()
+    if isinstance(given, dict):
+        return {key: _computed(value) for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        made = [_computed(value) for value in given]
+        return type(given)(*made) if hasattr(given, "_fields") else type(given)(made)
+    return given
+
+
+def _entrywise(func: Any, args: tuple, kwargs: dict) -> "Logits | None":
+    """The operation, noted for later; None where it is not one that can wait."""
+    everything = (*args, *kwargs.values())
+    places = [i for i, value in enumerate(args) if isinstance(value, Logits)]
+    if len(places) != 1 or any(isinstance(value, Logits) for value in kwargs.values()):
+        return None
+    place = places[0]
+    logits: Logits = args[place]
+    for value in everything:
+        if torch.is_tensor(value) and value is not logits:
+            wide = value.dim() > 0 and value.numel() == value.shape[-1] == logits.shape[-1]
+            if value.requires_grad or not (value.numel() == 1 or wide):
+                return None
+            if value.dim() > 1:  # of shape (1, vocabulary): as good as (vocabulary,)
+                args = tuple(v.reshape(-1) if v is value else v for v in args)
+
+    def step(values: Tensor) -> Tensor:
+        return func(*args[:place], values, *args[place + 1 :], **kwargs)
+
+    if func is torch.Tensor.type and len(everything) < 2:
+        return None  # asks for the type's name
+    with torch.no_grad():
+        sample = step(logits.sample)
+    if not torch.is_tensor(sample) or sample.shape != logits.sample.shape or sample.device != logits.sample.device:
+        return None
+    unchanged = sample is logits.sample
+    return logits if unchanged else _lazily(logits.hidden, logits.head, (*logits.steps, Step(step, func in _CASTS)), sample, logits.raw)
+
+
+def _shaped(logits: Logits, func: Any, args: tuple, kwargs: dict) -> "Logits | None":
+    """Another shape of the rows; None where the vocabulary's dimension is touched."""
+    if func in (torch.Tensor.flatten, torch.flatten):
+        start = kwargs.get("start_dim", args[0] if args else 0) % logits.dim()
+        end = kwargs.get("end_dim", args[1] if len(args) > 1 else -1) % logits.dim()
+        if end == logits.dim() - 1:
+            return None
+        hidden = logits.hidden.flatten(start, end)
+    else:
+        given = kwargs.get("shape", args[0] if args and isinstance(args[0], list | tuple) else args)
+        rows = logits.numel() // logits.shape[-1]
+        if not given or isinstance(given, torch.dtype) or not all(isinstance(n, int) for n in given):
+            return None
+        last = logits.shape[-1]
+        if given[-1] == -1:
+            known = 1
+            for n in given[:-1]:
+                known *= n
+            if known != rows:
+                return None
+        elif given[-1] != last:
+            return None
+        hidden = logits.hidden.reshape(*given[:-1], logits.hidden.shape[-1])
+    return _lazily(hidden, logits.head, logits.steps, logits.sample, logits.raw)
+
+
+def _rows(logits: Logits, index: Any) -> "Logits | None":
+    """Some of the rows; None where the index reaches into the vocabulary."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(part is None for part in parts):
+        return None
+    spans = [part.dim() if torch.is_tensor(part) and part.dtype == torch.bool else 1 for part in parts]
+    if any(part is Ellipsis for part in parts):
+        if parts[-1] is Ellipsis or not _everything(parts[-1]):
+            return None
+        parts.pop()
+    elif sum(spans) >= logits.dim():
+        if not _everything(parts[-1]):
+            return None
+        parts.pop()
+    picked = tuple(part if part is not Ellipsis else slice(None) for part in parts)
+    if any(part is Ellipsis for part in parts):
+        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        others = sum(span for i, span in enumerate(spans[: len(parts)]) if i != place)
+        fill = (slice(None),) * (logits.dim() - 1 - others)
+        picked = (*parts[:place], *fill, *parts[place + 1 :])
+    return _lazily(logits.hidden[picked], logits.head, logits.steps, logits.sample, logits.raw)
+
+
+def _everything(part: Any) -> bool:
+    return isinstance(part, slice) and part == slice(None)
+
+
+def _cross_entropy(
+    logits: Logits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """The loss from the hidden states; None for what only whole logits can answer."""
+    if logits.dim() != 2 or target.dim() != 1 or target.is_floating_point() or weight is not None:
+        return None
+    if size_average is not None or reduce is not None or (reduction == "none" and logits.head.parameters):
+        return None
+    steps, head = logits.steps, logits.head
+    # a cast to float32 is what the loss does in any case
+    as_it_comes = all(step.cast for step in steps) and logits.sample.dtype == torch.promote_types(logits.raw, torch.float32)
+    if steps and not as_it_comes:
+        head = dataclasses.replace(head, post=lambda values: _steps(values, steps))
+    return linear_cross_entropy(
+        logits.hidden,
+        head,
+        target,
+        ignore_index=ignore_index,
+        reduction=reduction,  # type: ignore[arg-type]  # torch refuses other words where it is asked for them
+        label_smoothing=label_smoothing,
+        z_loss=head.z_loss,
+    )

@@ -1,0 +1,185 @@
+"""Gated MLPs, RMS normalizations and activations, known by what they compute and not by what they are called.
+
+A part is taken for one of these only if its own forward gives, to the last bit, what the formula gives on random input.
+One module of each kind (class, sizes, settings) is asked, the others are like it.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.lean.rms_norm import rms_norm
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`down(act(g) · u)`: names of the parts within the module."""
+
+    into: tuple[str, ...]
+    """The maps that give g and u, or the one map that gives both, half and half."""
+    act: str
+    down: str
+    swapped: bool = False
+    """For one map: the activation is for the second half."""
+
+    def halves(self, maps: list[Any], x: Tensor) -> tuple[Tensor, Tensor]:
+        """(g, u) of the input."""
+        if len(maps) == 2:
+            return maps[0](x), maps[1](x)
+        first, second = maps[0](x).chunk(2, dim=-1)
+        return (second, first) if self.swapped else (first, second)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """How an RMS normalization is written."""
+
+    eps: str
+    """Name of ε on the module."""
+    from_one: bool
+    rounds_first: bool
+
+
+def gates(model: nn.Module) -> dict[str, Gate]:
+    """Path → gated MLP."""
+    return _found(model, _could_be_gated, _gate)
+
+
+def norms(model: nn.Module) -> dict[str, Norm]:
+    """Path → RMS normalization."""
+    return _found(model, _could_be_norm, _norm)
+
+
+def activations(model: nn.Module) -> list[str]:
+    """Paths of modules that apply a function entry by entry."""
+    return list(_found(model, _could_be_activation, _entrywise))
+
+
+def _found(model: nn.Module, candidate: Callable[[Any], Any], recognize: Callable[[Any], Any]) -> dict[str, Any]:
+    known: dict[Any, Any] = {}
+    found = {}
+    for path, module in model.named_modules():
+        if not candidate(module) or any(p.is_meta for p in module.parameters()):
+            continue
+        key = _kind(module)
+        if key not in known:
+            known[key] = _asked(module, recognize)
+        if known[key]:
+            found[path] = known[key]
+    return found
+
+
+def _kind(module: nn.Module) -> tuple:
+    """What two modules that compute the same have in common."""
+    settings = tuple(sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, int | float | str)))
+    parts = tuple((name, type(part), _size(part)) for name, part in module.named_children())
+    return type(module), settings, parts, tuple((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None)
+
+
+def _asked(module: nn.Module, recognize: Callable[[Any], Any]) -> Any:
+    """The answer of `recognize`, in evaluation mode; None where the module does not like the question."""
+    modes = {part: part.training for part in module.modules()}
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    devices = [device.index or 0] if device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            module.eval()
+            return recognize(module)
+    except Exception:  # whatever a module raises that takes something else
+        return None
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _size(part: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear map, adapted or quantized or not; None for anything else."""
+    if hasattr(part, "in_features") and hasattr(part, "out_features"):
+        return int(part.in_features), int(part.out_features)  # type: ignore[arg-type]  # numbers on every such class
+    if type(part).__name__ == "Conv1D" and hasattr(part, "nx"):
+        return int(part.nx), int(part.nf)  # type: ignore[arg-type]  # the same
+    return None
+
+
+def _could_be_gated(module: nn.Module) -> bool:
+    sizes = [_size(part) for part in module.children()]
+    return 2 <= sum(size is not None for size in sizes) <= 3
+
+
+def _gate(module: nn.Module) -> Gate | None:
+    children = dict(module.named_children())
+    sizes = {name: size for name, part in children.items() if (size := _size(part)) is not None}
+    rest = {name: part for name, part in children.items() if name not in sizes}
+    if any(isinstance(part, nn.Dropout) and part.p for part in rest.values()):
+        return None
+    acts = [name for name, part in rest.items() if not any(True for _ in part.parameters())]
+    acts += [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
+    for candidate in _gates(sizes, acts):
+        x = _random(module, (2, 3, sizes[candidate.into[0]][0]))
+        g, u = candidate.halves([children[name] for name in candidate.into], x)
+        if torch.equal(children[candidate.down](getattr(module, candidate.act)(g) * u), module(x)):
+            return candidate
+    return None
+
+
+def _gates(sizes: dict[str, tuple[int, int]], acts: list[str]) -> Iterator[Gate]:
+    for act, down in itertools.product(acts, sizes):
+        others = [name for name in sizes if name != down]
+        if len(others) == 2 and sizes[others[0]] == sizes[others[1]] and sizes[others[0]][1] == sizes[down][0]:
+            for into in itertools.permutations(others):
+                yield Gate(into, act, down)
+        if len(others) == 1 and sizes[others[0]][1] == 2 * sizes[down][0]:
+            yield Gate((others[0],), act, down)
+            yield Gate((others[0],), act, down, swapped=True)
+
+
+def _could_be_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    alone = len(module._parameters) == 1 and not module._modules and not module._buffers
+    return alone and weight is not None and weight.dim() == 1 and _eps(module) is not None
+
+
+def _eps(module: nn.Module) -> str | None:
+    return next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), None)
+
+
+def _norm(module: Any) -> Norm | None:
+    eps = _eps(module)
+    # a weight of ones, as after initialization, would hide how it enters
+    other = copy.copy(module)
+    weight = torch.rand_like(module.weight) + 0.5
+    other.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    x = torch.randn(4, 16, weight.shape[0], device=weight.device).to(torch.bfloat16)
+    wanted = type(module).forward(other, x)
+    for from_one, rounds_first in itertools.product((False, True), (True, False)):
+        found = rms_norm(x, weight, getattr(module, eps or ""), from_one=from_one, rounds_first=rounds_first)
+        if found.dtype == wanted.dtype and torch.equal(found, wanted):
+            return Norm(eps or "", from_one, rounds_first)
+    return None
+
+
+def _could_be_activation(module: nn.Module) -> bool:
+    home = type(module).__module__
+    known = home in ("transformers.activations", "torch.nn.modules.activation")
+    return known and not module._parameters and not module._buffers and not getattr(module, "inplace", False)
+
+
+def _entrywise(module: nn.Module) -> bool:
+    x = torch.randn(6, 8)
+    y = module(x)
+    order = torch.randperm(48)
+    same = torch.equal(module(x.flatten()[order].view(6, 8)), y.flatten()[order].view(6, 8)) if y.shape == x.shape else False
+    module.train()
+    return same and torch.equal(module(x), y)
+
+
+def _random(module: nn.Module, shape: Iterable[int]) -> Tensor:
+    weight = next(p for p in module.parameters() if p.is_floating_point())
+    dtype = next((p.dtype for n, p in module.named_parameters() if p.is_floating_point() and "lora_" not in n), weight.dtype)
+    return torch.randn(tuple(shape), device=weight.device).to(dtype)
