@@ -141,7 +141,10 @@ def unload(adapted: Model) -> Model:
     """
     from peft.utils import ModulesToSaveWrapper
 
+    from lora_kit.lean import switch
+
     base = adapted.get_base_model()
+    switch.disable(base)
     remove(adapted)
     for path, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):

@@ -354,10 +354,10 @@ def test_reparametrization_is_folded_when_saved(models, tmp_path):
 
 def test_it_stays_peft_s_own_object():
     base = tiny.build("llama")
-    before = set(vars(type(base)))
+    cls, before = type(base), set(vars(type(base)))
     model = adapt(base, "prefix", name="one")
     assert type(model) is peft.PeftModelForCausalLM and model.get_base_model() is base
-    assert model.peft_config["one"].peft_type == "PREFIX_TUNING" and set(vars(type(base))) == before
+    assert model.peft_config["one"].peft_type == "PREFIX_TUNING" and set(vars(cls)) == before
     other = tiny.build("llama")
     batch = tiny.batch("llama")
     with model.disable_adapter():  # another instance, and this one without its prefix, are as they were

@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 Elementwise = Callable[[Tensor], Tensor]
 
+BLOCK = 2**19
+"""Entries that the backward pass of a gate takes at a time: its scratch space, four times so many."""
+
 
 def activation(f: Tensor, act: Elementwise) -> Tensor:
     """`act(f)`, same shape; keeps f."""
@@ -62,9 +65,18 @@ class _Gated(Function):
     def backward(ctx: Any, dh: Tensor) -> tuple:
         g, u = ctx.saved_tensors
         need_g, need_u = ctx.needs_input_grad[:2]
-        with torch.enable_grad():
-            g = g.detach().requires_grad_()
-            h = ctx.act(g)
-        dg = torch.autograd.grad(h, g, dh * u)[0] if need_g else None
-        du = h.detach().mul_(dh) if need_u else None
+        dg = torch.empty(dh.shape, dtype=g.dtype, device=g.device) if need_g else None
+        du = torch.empty(dh.shape, dtype=u.dtype, device=u.device) if need_u else None
+        rows = max(1, BLOCK // dh.shape[-1])
+        g, u, dh = (t.reshape(-1, t.shape[-1]) for t in (g, u, dh))
+        for start in range(0, len(dh), rows):
+            part = slice(start, start + rows)
+            with torch.enable_grad():
+                leaf = g[part].detach().requires_grad_()
+                h = ctx.act(leaf)
+            if dg is not None:
+                (found,) = torch.autograd.grad(h, leaf, dh[part] * u[part])
+                dg.view(dh.shape)[part] = found
+            if du is not None:
+                torch.mul(h.detach(), dh[part], out=du.view(dh.shape)[part])
         return dg, du, None

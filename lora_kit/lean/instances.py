@@ -66,4 +66,4 @@ def _reduce(module: nn.Module, protocol: int) -> Any:
 def _rebuilt(cls: type, *mixins: type) -> Any:
     for mixin in mixins:
         cls = _class(mixin, cls)
-    return cls.__new__(cls)
+    return object.__new__(cls)

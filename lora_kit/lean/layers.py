@@ -8,7 +8,8 @@ runs. Under `torch.compile` all own forwards run; the compiler decides there wha
 import functools
 import inspect
 import threading
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,18 @@ from lora_kit.lean.lora_linear import Map, Source, can_redraw, lora_linear
 from lora_kit.lean.recomputed import recomputed
 from lora_kit.lean.rms_norm import rms_norm
 
+# these methods are put before those of a module's class
+_Before: Any = nn.Module if TYPE_CHECKING else object
+
 _SOURCE = "_lora_kit_source"
 SETTINGS = "_lora_kit_lean"
 """What a module's method has to know, on the instance."""
 
 
-def _off() -> bool:
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
@@ -37,15 +44,13 @@ def _whole(weight: Any) -> bool:
 def _bare(module: nn.Module) -> bool:
     """Whether calling the module is nothing but its class's forward."""
     own = vars(module)
-    return not (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    ) and "forward" not in own
+    return "forward" not in own and not any(own[hooks] for hooks in _HOOKS)
 
 
 # ---- LoRA
 
 
-def map_of(base: nn.Module) -> Map | None:
+def map_of(base: Any) -> Map | None:
     """The frozen linear map that this module is; None if it is none that we know, or is trained."""
     weight = getattr(base, "weight", None)
     if weight is None or weight.requires_grad or not _bare(base):
@@ -86,51 +91,68 @@ def _pull_8bit(base: Any, dy: Tensor) -> Tensor:
     return dy @ codes.to(dy.dtype, copy=True).mul_(scales.unsqueeze(1).mul(1 / 127))
 
 
-def why_not(layer: Any) -> str | None:
-    """Why this LoRA layer of PEFT keeps PEFT's forward for now; None if it does not."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+@dataclass(frozen=True)
+class _Adapter:
+    """The one active adapter of a layer."""
+
+    a: nn.Linear
+    b: nn.Linear
+    dropout: nn.Module
+    scale: float
+    base: Map
+
+
+def _adapter(layer: Any) -> _Adapter | str:
+    """The layer's adapter, or why the layer keeps PEFT's forward for now."""
     if layer.merged:
         return "merged"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1:
         return f"{len(active)} active adapters"
     name = active[0]
     if name in layer.lora_variant:
         return type(layer.lora_variant[name]).__name__
-    parts = layer.lora_A[name], layer.lora_B[name]
-    if not all(type(part) is nn.Linear and _bare(part) and _whole(part.weight) for part in parts):
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if not all(type(part) is nn.Linear and _bare(part) and _whole(part.weight) for part in (a, b)):
         return "an adapter that is wrapped, hooked or sharded"
-    if map_of(layer.base_layer) is None:
-        return f"{type(layer.base_layer).__name__} that is wrapped, hooked, sharded, trained or none of the known kinds"
-    dropout = layer.lora_dropout[name]
+    base = map_of(layer.base_layer)
+    if base is None:
+        return f"{type(layer.base_layer).__name__} that is wrapped, hooked, sharded, trained or of an unknown kind"
     if type(dropout) not in (nn.Dropout, nn.Identity) or not _bare(dropout):
         return f"dropout of its own kind ({type(dropout).__name__})"
-    if getattr(dropout, "p", 0.0) and not can_redraw(parts[0].weight.device):
-        return f"dropout on {parts[0].weight.device.type}, whose random state cannot be read"
+    if getattr(dropout, "p", 0.0) and not can_redraw(a.weight.device):
+        return f"dropout on {a.weight.device.type}, whose random state cannot be read"
     if not getattr(layer, "cast_input_dtype_enabled", True):
         return "PEFT's input casting was switched off"
-    return None
+    return _Adapter(a, b, dropout, layer.scaling[name], base)
 
 
-class LeanLora:
+def why_not(layer: Any) -> str | None:
+    """Why this LoRA layer of PEFT keeps PEFT's forward for now; None if it does not."""
+    found = _adapter(layer)
+    return found if isinstance(found, str) else None
+
+
+class LeanLora(_Before):
     """For PEFT's LoRA layers."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         wanted = self.training or torch.is_grad_enabled()
-        if args or kwargs or not wanted or self.disable_adapters or _off() or why_not(self) is not None:
+        if args or kwargs or not wanted or self.disable_adapters or _compiling():
             return super().forward(x, *args, **kwargs)
-        name = next(name for name in self.active_adapters if name in self.lora_A)
-        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-        share = getattr(dropout, "p", 0.0) if dropout.training else 0.0
+        found = _adapter(self)
+        if isinstance(found, str):
+            return super().forward(x)
         bias = getattr(self.base_layer, "bias", None)
         return lora_linear(
             x,
-            a.weight,
-            b.weight,
-            map_of(self.base_layer),
-            self.scaling[name],
-            dropout=share,
+            found.a.weight,
+            found.b.weight,
+            found.base,
+            found.scale,
+            dropout=getattr(found.dropout, "p", 0.0) if found.dropout.training else 0.0,
             bias=bias if bias is not None and bias.requires_grad else None,
-            lora_bias=b.bias,
+            lora_bias=found.b.bias,
             source=_source(x),
         )
 
@@ -150,22 +172,22 @@ def _source(x: Tensor) -> Source | None:
     return source if source is not None and x._version == version else None
 
 
-class LeanActivation:
+class LeanActivation(_Before):
     """For modules that apply a function entry by entry."""
 
     def forward(self: Any, f: Tensor) -> Tensor:
         own = super().forward
-        if not (torch.is_grad_enabled() and f.requires_grad) or _off():
+        if not (torch.is_grad_enabled() and f.requires_grad) or _compiling():
             return own(f)
         return _made_from(activation(f, own), Source(own, (f,)))
 
 
-class LeanGatedMLP:
+class LeanGatedMLP(_Before):
     """For `down(act(gate(x)) · up(x))`; its settings are a `Gate` of `recognition`."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gate, recompute = vars(self)[SETTINGS]
-        if args or kwargs or _off() or not torch.is_grad_enabled():
+        if args or kwargs or _compiling() or not torch.is_grad_enabled():
             return super().forward(x, *args, **kwargs)
         act, down = getattr(self, gate.act), getattr(self, gate.down)
         maps = [getattr(self, name) for name in gate.into]
@@ -176,7 +198,8 @@ class LeanGatedMLP:
             random = any(isinstance(m, nn.Dropout) and m.p and m.training for part in maps for m in part.modules())
 
             def inner(x: Tensor) -> Tensor:
-                return gated(*gate.halves(maps, x), act)
+                g, u = gate.halves(maps, x)
+                return gated(g, u, act)
 
             h, source = recomputed(inner, x, parameters, random=random)
             return down(_made_from(h, source))
@@ -187,12 +210,12 @@ class LeanGatedMLP:
 # ---- RMSNorm
 
 
-class LeanRMSNorm:
+class LeanRMSNorm(_Before):
     """For RMS normalization with a frozen weight; its settings are a `Norm` of `recognition`."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         wide = x.element_size() > 2
-        if args or kwargs or wide or not torch.is_grad_enabled() or not x.requires_grad or _off():
+        if args or kwargs or wide or not torch.is_grad_enabled() or not x.requires_grad or _compiling():
             return super().forward(x, *args, **kwargs)
         if self.weight.requires_grad or not _whole(self.weight):
             return super().forward(x)
@@ -203,14 +226,19 @@ class LeanRMSNorm:
 
 # ---- the loss
 
-_asked = threading.local()
+_asked: Any = threading.local()
 
 
-class LeanHead:
+def _waited_for(head: nn.Module) -> bool:
+    """Whether a model is at this moment computing a training loss from the logits of this head."""
+    return getattr(_asked, "head", None) is head
+
+
+class LeanHead(_Before):
     """For the output head of a language model: logits that wait, while its model computes a training loss."""
 
     def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if getattr(_asked, "head", None) is not self or args or kwargs or not self.can_wait(hidden):
+        if not _waited_for(self) or args or kwargs or not self.can_wait(hidden):
             return super().forward(hidden, *args, **kwargs)
         return Logits.of(hidden, self.as_head(hidden.device.type))
 
@@ -247,7 +275,7 @@ class LeanModel:
         @functools.wraps(cls.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             labels = kwargs.get("labels", args[place] if len(args) > place else None)
-            if labels is None or not self.training or not torch.is_grad_enabled() or _off():
+            if labels is None or not self.training or not torch.is_grad_enabled() or _compiling():
                 return cls.forward(self, *args, **kwargs)
             before = getattr(_asked, "head", None)
             _asked.head = self.get_output_embeddings()

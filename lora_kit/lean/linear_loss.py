@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK_BYTES = {"cpu": 64 * 2**20}
+CHUNK_BYTES = {"cpu": 32 * 2**20}
 """How much the logits of one chunk, in all their copies, may occupy at a time."""
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 FEWEST_ROWS = 64
@@ -145,8 +145,8 @@ class _LinearCrossEntropy(Function):
 
 
 def _chunks(hidden: Tensor, vocabulary: int, budget: int) -> tuple[Tensor, ...]:
-    # the logits as they come, in float32, and their gradient
-    row_bytes = vocabulary * (2 * hidden.element_size() + 4)
+    # the logits in float32, and beside them in 16 bit, as they come and then as their gradient
+    row_bytes = vocabulary * (6 if hidden.element_size() == 2 else hidden.element_size())
     return hidden.split(max(FEWEST_ROWS, budget // row_bytes)) if hidden.shape[0] else ()
 
 
@@ -202,18 +202,21 @@ def _loss(
     """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     column = target[:, None]
-    total = exact.logsumexp(1, keepdim=True)
-    loss = total - exact.gather(1, column) * (1 - smoothing)
+    loss = exact.gather(1, column) * (smoothing - 1)
     if smoothing:
         loss -= exact.mean(1, keepdim=True) * smoothing
+    most = exact.amax(1, keepdim=True)
+    # torch.logsumexp would make one more copy of this size
+    change = (exact.sub_(most) if scratch or exact is not logits else exact - most).exp_()
+    weight = change.sum(1, keepdim=True)
+    total = weight.log() + most
+    loss += total
     if z_loss:
         loss += z_loss * total.square()
     if not gradient:
         return loss.squeeze(1), None
-    change = (exact.sub_(total) if scratch or exact is not logits else exact - total).exp_()
-    if z_loss:
-        change.mul_(1 + 2 * z_loss * total)
+    change.mul_((1 + 2 * z_loss * total) / weight)
     if smoothing:
-        change.sub_(smoothing / exact.shape[1])
+        change.sub_(smoothing / change.shape[1])
     change.scatter_add_(1, column, torch.full_like(total, smoothing - 1))
     return loss.squeeze(1), change

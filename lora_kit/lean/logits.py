@@ -1,9 +1,10 @@
 """Logits that are computed when somebody reads them.
 
-`Logits` is a tensor that knows the hidden states and the head it would come from. A loss needs no more than these: where
-`torch.nn.functional.cross_entropy` meets one, `linear_cross_entropy` answers in its place, whatever the model's own code
-did in between (a shift by one token, a scale, a cap, a cast, a flattening). Any other operation gets the tensor itself,
-computed at that moment, with its gradient. So a model's forward stays as it is written, and so does its user's code.
+`Logits` is a tensor that knows the hidden states and the head it would come from. A loss needs no more than these:
+where `torch.nn.functional.cross_entropy` meets one, `linear_cross_entropy` answers in its place, whatever the model's
+own code did in between (a shift by one token, a scale, a cap, a cast, a flattening). Any other operation gets the
+tensor itself, computed at that moment, with its gradient. So a model's forward stays as it is written, and so does its
+user's code.
 """
 
 import dataclasses
@@ -59,7 +60,7 @@ class Logits(torch.Tensor):
             sample = head.run(hidden.detach().reshape(-1, hidden.shape[-1])[:0])
         return _lazily(hidden, head, (), sample, sample.dtype)
 
-    def values(self) -> Tensor:  # type: ignore[override]  # sparse tensors have a method of this name; these are dense
+    def values(self) -> Tensor:
         """The logits themselves, with their gradient where one is wanted."""
         if self.found is None or (torch.is_grad_enabled() and not self.found.requires_grad):
             self.found = _steps(self.head.run(self.hidden), self.steps)
@@ -92,7 +93,10 @@ class Logits(torch.Tensor):
         return func(*_computed(args), **_computed(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    # torch's stubs declare it as a plain function, though it has to be a class method
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # what goes past Python's operators, such as another autograd function: here without a graph, which is
         # `_Reached`'s
         with torch.no_grad():
@@ -114,7 +118,7 @@ class _Reached(Function):
     def forward(ctx: Any, hidden: Tensor, head: Head, steps: tuple, dtype: torch.dtype, *parameters: Tensor) -> Logits:
         ctx.head, ctx.steps = head, steps
         ctx.save_for_backward(hidden, *parameters)
-        made: Logits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # missing in torch's stubs
+        made: Logits = torch.Tensor._make_wrapper_subclass(
             Logits, (*hidden.shape[:-1], head.vocabulary), dtype=dtype, device=hidden.device
         )
         made.found = None
@@ -181,8 +185,10 @@ def _entrywise(func: Any, args: tuple, kwargs: dict) -> "Logits | None":
         sample = step(logits.sample)
     if not torch.is_tensor(sample) or sample.shape != logits.sample.shape or sample.device != logits.sample.device:
         return None
-    unchanged = sample is logits.sample
-    return logits if unchanged else _lazily(logits.hidden, logits.head, (*logits.steps, Step(step, func in _CASTS)), sample, logits.raw)
+    if sample is logits.sample:
+        return logits
+    steps = (*logits.steps, Step(step, func in _CASTS))
+    return _lazily(logits.hidden, logits.head, steps, sample, logits.raw)
 
 
 def _shaped(logits: Logits, func: Any, args: tuple, kwargs: dict) -> "Logits | None":
@@ -255,8 +261,8 @@ def _cross_entropy(
         return None
     steps, head = logits.steps, logits.head
     # a cast to float32 is what the loss does in any case
-    as_it_comes = all(step.cast for step in steps) and logits.sample.dtype == torch.promote_types(logits.raw, torch.float32)
-    if steps and not as_it_comes:
+    widened = logits.sample.dtype == torch.promote_types(logits.raw, torch.float32)
+    if steps and not (widened and all(step.cast for step in steps)):
         head = dataclasses.replace(head, post=lambda values: _steps(values, steps))
     return linear_cross_entropy(
         logits.hidden,

@@ -78,7 +78,8 @@ def _kind(module: nn.Module) -> tuple:
     """What two modules that compute the same have in common."""
     settings = tuple(sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, int | float | str)))
     parts = tuple((name, type(part), _size(part)) for name, part in module.named_children())
-    return type(module), settings, parts, tuple((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None)
+    weights = tuple((name, p.shape, p.dtype) for name, p in module._parameters.items() if p is not None)
+    return type(module), settings, parts, weights
 
 
 def _asked(module: nn.Module, recognize: Callable[[Any], Any]) -> Any:
@@ -173,13 +174,17 @@ def _could_be_activation(module: nn.Module) -> bool:
 def _entrywise(module: nn.Module) -> bool:
     x = torch.randn(6, 8)
     y = module(x)
-    order = torch.randperm(48)
-    same = torch.equal(module(x.flatten()[order].view(6, 8)), y.flatten()[order].view(6, 8)) if y.shape == x.shape else False
-    module.train()
-    return same and torch.equal(module(x), y)
+    if y.shape != x.shape:
+        return False
+    order = torch.randperm(x.numel())
+    mixed = module(x.flatten()[order].view_as(x))
+    module.train()  # some are random then
+    return torch.equal(mixed, y.flatten()[order].view_as(x)) and torch.equal(module(x), y)
 
 
 def _random(module: nn.Module, shape: Iterable[int]) -> Tensor:
-    weight = next(p for p in module.parameters() if p.is_floating_point())
-    dtype = next((p.dtype for n, p in module.named_parameters() if p.is_floating_point() and "lora_" not in n), weight.dtype)
-    return torch.randn(tuple(shape), device=weight.device).to(dtype)
+    """Random numbers that the module takes: in the dtype of its weights, not of adapters or packed bytes."""
+    weights = [p for name, p in module.named_parameters() if p.is_floating_point()]
+    base = [p for name, p in module.named_parameters() if p.is_floating_point() and "lora_" not in name]
+    like = (base or weights)[0]
+    return torch.randn(tuple(shape), device=like.device).to(like.dtype)

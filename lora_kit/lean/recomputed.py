@@ -39,11 +39,7 @@ class _Again:
         self.run, self.device = run, device
         self.random = _states(device) if random else {}
         kind = device.type
-        self.autocast = {
-            "device_type": kind,
-            "enabled": torch.is_autocast_enabled(kind),
-            "dtype": torch.get_autocast_dtype(kind),
-        }
+        self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self.graph: tuple[Tensor, Tensor] | None = None
 
     def result(self, x: Tensor) -> Tensor:
@@ -51,7 +47,7 @@ class _Again:
 
     def graph_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.graph is None:
-            with torch.enable_grad(), torch.autocast(**self.autocast), _drawing_from(self.random, self.device):
+            with torch.enable_grad(), torch.autocast(*self.autocast), _drawing_from(self.random, self.device):
                 leaf = x.detach().requires_grad_()
                 self.graph = leaf, self.run(leaf)
         return self.graph
@@ -70,11 +66,7 @@ class _Recomputed(Function):
         x, *parameters = ctx.saved_tensors
         leaf, result = ctx.again.graph_of(x)
         ctx.again.graph = None
-        wanted = [
-            tensor
-            for tensor, need in zip((leaf, *parameters), ctx.needs_input_grad[1:], strict=True)
-            if need
-        ]
+        wanted = [tensor for tensor, need in zip((leaf, *parameters), ctx.needs_input_grad[1:], strict=True) if need]
         found = iter(torch.autograd.grad(result, wanted, dy, allow_unused=True))
         return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])
 

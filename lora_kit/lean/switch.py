@@ -76,7 +76,7 @@ def enable(model: nn.Module, mode: bool | str = True, *, z_loss: float = 0.0) ->
     disable(model)
     if mode is False:
         return Report()
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     linear, left = _loras(base)
     gates = recognition.gates(base)
     norms = recognition.norms(base)
@@ -105,6 +105,11 @@ def check(mode: object) -> None:
     """Raise an `OptionError` for a mode that does not exist."""
     if not any(mode is known or (isinstance(mode, str) and mode == known) for known in MODES):
         raise OptionError(f"lean must be one of {listing(map(repr, MODES))}, got {mode!r}.")
+
+
+def _base(model: Any) -> Any:
+    """The model inside PEFT's wrapping, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _settle(module: nn.Module, mixin: type, settings: Any) -> None:

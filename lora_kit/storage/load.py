@@ -32,6 +32,7 @@ def load(
     quantization: Any = None,
     dtype: "torch.dtype | str" = "auto",
     device: str | None = None,
+    lean: bool | str = True,
 ) -> Model:
     """Bring back what `save`, or plain PEFT or transformers, wrote. A base that is handed in is changed in place.
 
@@ -43,25 +44,34 @@ def load(
         quantization: as in `adapt`, for a base that is still to be loaded or is in memory.
         dtype: dtype to load a base in; `"auto"` is the checkpoint's own.
         device: as in `adapt`.
+        lean: with `train=True`, as in `adapt`.
 
     Returns:
         PEFT's `PeftModel`, or transformers' model for one that was trained in full.
 
     Raises:
+        OptionError: a base for a whole model, or a value that is not accepted.
         StorageError: no such folder, a file that is missing or was changed, a pickled adapter.
         AdapterMismatchError: tensors that do not belong on this base.
     """
+    from lora_kit.lean import switch
+
+    switch.check(lean)
     folder = Path(path)
     if not folder.is_dir():
         raise StorageError(f"{folder} is no folder; pass what save() wrote.")
     facts = manifest.read(folder) or {}
     if (folder / "adapter_config.json").exists():
-        return _load_adapter(folder, facts, base, train=train, quantization=quantization, dtype=dtype, device=device)
+        adapted = _load_adapter(folder, facts, base, train=train, quantization=quantization, dtype=dtype, device=device)
+        switch.enable(adapted, lean if train else False)
+        return adapted
     if not (folder / "config.json").exists():
         raise StorageError(f"{folder} has neither adapter_config.json nor config.json, so it holds no saved model.")
     if base is not None:
         raise OptionError(f"{folder} holds a whole model, which needs no base; leave base out.")
-    return _load_whole(folder, facts, train=train, quantization=quantization, dtype=dtype, device=device)
+    model = _load_whole(folder, facts, train=train, quantization=quantization, dtype=dtype, device=device)
+    switch.enable(model, lean if train else False)
+    return model
 
 
 def _load_whole(
