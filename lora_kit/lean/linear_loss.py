@@ -138,9 +138,9 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple:
         pulled, *sums = ctx.saved_tensors
         if pulled is not None:
-            factor = upstream.to(pulled.dtype)
-            pulled = pulled * (factor[:, None] if ctx.each else factor)
-        parameters = [s * upstream.to(s.dtype) for s in sums]
+            # a single number is not rounded to the dtype of what it multiplies
+            pulled = (pulled * upstream[:, None]).to(pulled.dtype) if ctx.each else pulled * upstream
+        parameters = [s * upstream for s in sums]
         return pulled, None, None, None, None, None, None, *parameters
 
 

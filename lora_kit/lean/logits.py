@@ -73,11 +73,15 @@ class Logits(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        if isinstance(first, Logits):
+        if isinstance(first, Logits) and func is functional.cross_entropy:
+            answer = _cross_entropy(first, *args[1:], **kwargs)
+            if answer is not None:
+                return answer
+        # what is done without a graph must not get one later
+        waits = torch.is_grad_enabled()
+        if isinstance(first, Logits) and waits:
             answer = None
-            if func is functional.cross_entropy:
-                answer = _cross_entropy(first, *args[1:], **kwargs)
-            elif func in _SHAPED:
+            if func in _SHAPED:
                 answer = _shaped(first, func, args[1:], kwargs)
             elif func is torch.Tensor.__getitem__:
                 answer = _rows(first, args[1])
@@ -86,7 +90,7 @@ class Logits(torch.Tensor):
                     return first.values().detach()
             if answer is not None:
                 return answer
-        if func in _ENTRYWISE:
+        if func in _ENTRYWISE and waits:
             answer = _entrywise(func, args, kwargs)
             if answer is not None:
                 return answer

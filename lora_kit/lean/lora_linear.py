@@ -79,7 +79,7 @@ class _LoraLinear(Function):
         make: Callable[..., Tensor] | None,
         *kept: Tensor,
     ) -> Tensor:
-        y = base.run(x)
+        y = base.run(x).contiguous()
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else y.dtype
         rows = _rows(x, dtype)

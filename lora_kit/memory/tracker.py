@@ -49,6 +49,13 @@ class PeakBytes:
         self._existing.clear()  # a reference kept here would keep freed tensors alive
         return self
 
+    @property
+    def live(self) -> int:
+        """Bytes alive at this moment, counted as `peak` counts them."""
+        import torch
+
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else self._watch.live
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
