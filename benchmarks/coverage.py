@@ -51,6 +51,7 @@ CHECKS = {
     "every adapter": "every adapter whose weight would get a gradient in full fine-tuning gets one",
     "evaluation": "an evaluation in the middle changes no gradient",
     "checkpointing": "with checkpointing the gradients equal those without (1e-3), where transformers has it",
+    "lean": "with the lean step off, and in its low-memory form, the same gradients (1e-3; 4 and 8 bit 3e-2)",
     "coverage": "95 % of the language model's matmul weights adapted, or a stated reason for each that is not",
     "quantized": "in 4 and 8 bit: 90 % of the matmul weights quantized, or a stated reason for each that is not",
     "plain PEFT": "a prefix that is said to be readable by plain PEFT gives equal logits there (1e-4)",
@@ -323,7 +324,21 @@ class Cell:
                     self.row["checkpointing_difference"], _distance(first, self._gradient(other, held))
                 )
                 self.check("checkpointing", self.row["checkpointing_difference"] <= 10 * noise + 1e-3)
+        if isinstance(self.library, LoraKit):
+            self._lean(model, trained, first, noise)
         return first, noise
+
+    def _lean(self, model: Any, trained: dict[str, Any], first: dict[str, torch.Tensor], noise: float) -> None:
+        """Other forms of the step give the same gradients; the model is left in the form that it came in."""
+        from lora_kit.lean.switch import enable
+
+        self.row["stage"] = "lean"
+        found = []
+        for form in (False, "low-memory", True):
+            enable(model, form)
+            found.append(_distance(first, self._gradient(model, trained)))
+        self.row["lean_difference"] = max(found)
+        self.check("lean", max(found) <= 10 * noise + (3e-2 if _bits(self.mode) else 1e-3))
 
     def _checkpointed_before(self, model: Any) -> Any:
         """The same trained model, whose base had checkpointing switched on before it was adapted."""
@@ -537,6 +552,7 @@ FIELDS = ("library", "task", "architecture", "mode", "status", "failed", "stage"
 FIELDS += ("stacks", "sites", "plain_peft")
 COUNTS = ("left_out", "unquantized", "without_gradient")
 FIELDS += (*COUNTS, "reload_difference", "merge_difference", "evaluation_difference", "checkpointing_difference")
+FIELDS += ("lean_difference",)
 FIELDS += ("seconds", "commit")
 
 
