@@ -453,6 +453,13 @@ def test_reading_without_gradients_and_then_with():
     assert not logits.detach().requires_grad
 
 
+def test_gradients_of_the_loss_do_not_pass_by():
+    _, _, logits = lazy()
+    for ask in (logits.retain_grad, lambda: logits.register_hook(print)):
+        with pytest.raises(RuntimeError, match="Switch the lean step off"):
+            ask()
+
+
 # --- every tolerance above can fail
 
 

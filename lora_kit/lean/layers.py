@@ -247,6 +247,8 @@ class LeanHead(_Before):
         return Logits.of(hidden, self.as_head(hidden.device.type))
 
     def can_wait(self: Any, hidden: Tensor) -> bool:
+        if not _bare(self):
+            return False
         weights = list(self.parameters())
         trained = any(p.requires_grad for p in weights)
         return (hidden.requires_grad or trained) and all(p.is_floating_point() and _whole(p) for p in weights)

@@ -72,6 +72,8 @@ class Logits(torch.Tensor):
         if getattr(func, "__name__", "") == "__get__" or func in _ASKED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in (torch.Tensor.retain_grad, torch.Tensor.register_hook):
+            return _on_gradient(func, args)
         first = args[0] if args else None
         if isinstance(first, Logits) and func is functional.cross_entropy:
             answer = _cross_entropy(first, *args[1:], **kwargs)
@@ -242,6 +244,17 @@ def _rows(logits: Logits, index: Any) -> "Logits | None":
         fill = (slice(None),) * (logits.dim() - 1 - others)
         picked = (*parts[:place], *fill, *parts[place + 1 :])
     return _lazily(logits.hidden[picked], logits.head, logits.steps, logits.sample, logits.raw)
+
+
+def _on_gradient(func: Any, args: tuple) -> Any:
+    """The loss does not come by these logits, so that it leaves no gradient on them."""
+    if str(getattr(args[-1], "__module__", "")).startswith("torch.distributed"):
+        with torch._C.DisableTorchFunctionSubclass():  # it asks to be told when the backward pass begins
+            return func(*args)
+    raise RuntimeError(
+        f"{func.__name__} on the logits of a lean training step: its loss is computed from the hidden states, so no "
+        "gradient of it reaches the logits. Switch the lean step off: lora_kit.lean.switch.disable(model)."
+    )
 
 
 def _everything(part: Any) -> bool:
