@@ -1,4 +1,4 @@
-"""Batches: rows of like length together, padding that no loss and no attention sees."""
+"""Batches: rows of like length together, padding that no loss and no attention sees, or no padding at all."""
 
 import random
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_kit.training.data import IGNORED, Row
+from lora_kit.types import Model
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,61 @@ class Collator:
         else:
             batch["labels"] = torch.tensor(labels)
         return batch
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Rows to one long row without padding: `input_ids`, `labels` and `position_ids` of shape (1, tokens).
+
+    Positions begin anew with each row. Where attention has kernels for rows of any length (flash attention) each row
+    costs what it costs alone; elsewhere transformers builds a mask that keeps rows apart, and attention costs the
+    square of all of them together. The loss is that of the padded batch: the same tokens have labels.
+    """
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        import torch
+
+        ids = [token for row in rows for token in row["input_ids"]]
+        positions = [place for row in rows for place in range(len(row["input_ids"]))]
+        # the first token of a row is nobody's next one
+        labels = [label for row in rows for label in (IGNORED, *row["labels"][1:])]
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        # with a cache at hand transformers takes positions that begin anew for nothing special
+        return {key: torch.tensor([value]) for key, value in batch.items()} | {"use_cache": False}
+
+
+def can_pack(model: Model) -> bool:
+    """Whether packed rows give this model the logits that each row gives alone; asked of two short rows.
+
+    Not where positions cannot be given (ALiBi, T5's buckets), and not where a state runs on from row to row (Mamba).
+    """
+    import torch
+
+    from lora_kit import probe
+
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    vocabulary = min(100, getattr(base.config.get_text_config(), "vocab_size", 100))
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(vocabulary, (length,), generator=draw).tolist() for length in (5, 9)]
+    batch = Packer()([{"input_ids": row, "labels": row} for row in ids])
+    del batch["labels"]
+    device = next(model.parameters()).device
+    moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    try:
+        with probe.trial(base), torch.no_grad():
+            packed = model(**moved).logits[0]
+            alone = torch.cat([model(input_ids=torch.tensor([row], device=device)).logits[0] for row in ids])
+    except Exception:  # whatever a model raises that takes no positions
+        return False
+    if packed.shape != alone.shape:
+        return False
+    exact = packed.dtype == torch.float32 and not any(p.dtype.itemsize < 4 for p in base.parameters())
+    return bool((packed - alone).abs().max() <= (1e-3 if exact else 5e-2) * alone.abs().max())
+
+
+def has_rows_of_any_length(model: Model) -> bool:
+    """Whether this model's attention has kernels for packed rows of any length."""
+    return "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
 
 
 def _fill(rows: list[list[int]], value: int) -> Any:
@@ -102,15 +158,26 @@ class LengthGroups:
         return (i for batch in whole + rest for i in batch)
 
 
-def trainer_class() -> Any:
-    """transformers' `Trainer` with `LengthGroups` as its sampler."""
+def trainer_class(packer: Packer | None = None) -> Any:
+    """transformers' `Trainer` with `LengthGroups` as its sampler, or with batches packed by `packer`."""
     from transformers import Trainer
 
-    class GroupedTrainer(Trainer):
-        """`Trainer`; only the order of rows is ours."""
+    class BatchingTrainer(Trainer):
+        """`Trainer`; only which rows share a step, and how, is ours."""
 
-        def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if packer is not None:  # nothing is padded, so any rows may meet
+                return super()._get_train_sampler(train_dataset)
             rows = self.train_dataset if train_dataset is None else train_dataset
             return LengthGroups([row["length"] for row in rows], self.args.train_batch_size, self.args.seed)
 
-    return GroupedTrainer
+        def get_train_dataloader(self) -> Any:
+            # transformers sets it where no checker looks
+            padder = self.data_collator  # type: ignore[has-type]
+            self.data_collator = packer or padder
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.data_collator = padder
+
+    return BatchingTrainer

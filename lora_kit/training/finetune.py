@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_kit import base
-from lora_kit.adaptation import adapt, record_of
+from lora_kit.adaptation import adapt, base_of, record_of
 from lora_kit.errors import DataError, OptionError, listing, nearest
 from lora_kit.messages import quiet
 from lora_kit.methods import resolve
 from lora_kit.storage.save import save
 from lora_kit.training import data as rows_from
 from lora_kit.training import metrics
-from lora_kit.training.batching import Collator, padding_id, sort_for_measuring, trainer_class
+from lora_kit.training.batching import (
+    Collator,
+    Packer,
+    can_pack,
+    has_rows_of_any_length,
+    padding_id,
+    sort_for_measuring,
+    trainer_class,
+)
 from lora_kit.training.defaults import param_groups, training_defaults
 from lora_kit.types import Model
 
@@ -68,6 +76,7 @@ def finetune(
     epochs: float = 3.0,
     batch_size: int = 16,
     max_length: int = 256,
+    packing: bool | None = None,
     learning_rate: float | None = None,
     seed: int = 0,
     dtype: Any = "auto",
@@ -93,6 +102,8 @@ def finetune(
         epochs: passes over the training rows.
         batch_size: rows in a step.
         max_length: tokens of a row; longer ones are cut.
+        packing: put the rows of a step behind one another instead of padding them. By default where attention has
+            kernels for that (flash attention); elsewhere rows of like length share a step.
         learning_rate: by default the method's own.
         seed: of new heads, adapters, and the order of rows.
         dtype: for an id or a path: bfloat16, float16 or float32. By default (auto) the checkpoint's own.
@@ -149,6 +160,7 @@ def finetune(
             epochs=epochs,
             batch_size=batch_size,
             max_length=max_length,
+            packing=packing,
             learning_rate=learning_rate,
             seed=seed,
             callbacks=callbacks,
@@ -184,6 +196,7 @@ def build_trainer(
     max_length: int,
     learning_rate: float | None,
     seed: int,
+    packing: bool | None = None,
     callbacks: "list[TrainerCallback] | None" = None,
     training_arguments: dict[str, Any] | None = None,
 ) -> "Trainer":
@@ -233,10 +246,11 @@ def build_trainer(
         if key not in known:
             raise OptionError(f"training_arguments: {key!r} is no field of TrainingArguments.{nearest(key, known)}")
     fields |= training_arguments or {}
+    packed = _packing(model, task, packing)
     groups = param_groups(model, learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     reduce, compute = metrics.for_task(task)
-    return trainer_class()(
+    return trainer_class(Packer() if packed else None)(
         model=model,
         args=TrainingArguments(output_dir=str(folder), **fields),
         data_collator=Collator(padding),
@@ -247,6 +261,20 @@ def build_trainer(
         compute_metrics=compute,
         callbacks=callbacks,
     )
+
+
+def _packing(model: Model, task: str, wanted: bool | None) -> bool:
+    """Whether to pack; an error where that was asked for and cannot be done."""
+    if wanted is False or (wanted is None and not has_rows_of_any_length(model)):
+        return False
+    possible = task == "causal-lm" and can_pack(model)
+    if wanted and not possible:
+        raise OptionError(
+            f"packing=True: {type(base_of(model)).__name__} does not keep packed rows apart (it takes no positions, or "
+            "carries a state from row to row, or is no causal language model). Leave packing out: rows of like length "
+            "are put together instead."
+        )
+    return possible
 
 
 def measure(trainer: "Trainer", *, without_adapter: bool = False) -> dict[str, float]:
