@@ -1,8 +1,7 @@
-"""Activations that keep their input alone: `act(f)`, and the gate of a gated MLP, `act(g) · u`.
+"""The gate of a gated MLP, `act(g) · u`, that keeps g and u alone.
 
-The graph of separate operations keeps every intermediate: the activation's result beside its input, the steps of an
-activation that is written out in Python, and the product once more as the input of the layer behind. All of them are
-a few elementwise operations away from `f`, or from `g` and `u`.
+The graph of separate operations keeps the activation's result too, and the product once more as the input of the layer
+behind. Both are a few elementwise operations away from g and u.
 """
 
 from collections.abc import Callable
@@ -19,11 +18,6 @@ BLOCK = 2**19
 """Entries that the backward pass of a gate takes at a time: its scratch space, four times so many."""
 
 
-def activation(f: Tensor, act: Elementwise) -> Tensor:
-    """`act(f)`, same shape; keeps f."""
-    return _Activation.apply(f, act)
-
-
 def gated(g: Tensor, u: Tensor, act: Elementwise) -> Tensor:
     """`act(g) · u`, same shape; keeps g and u."""
     return _Gated.apply(g, u, act)
@@ -34,23 +28,6 @@ def product(act: Elementwise, g: Tensor, u: Tensor) -> Tensor:
     with torch.no_grad():
         h = act(g)
         return h.mul_(u) if h.data_ptr() != g.data_ptr() and h.dtype == u.dtype else h * u
-
-
-class _Activation(Function):
-    @staticmethod
-    def forward(ctx: Any, f: Tensor, act: Elementwise) -> Tensor:
-        ctx.act = act
-        ctx.save_for_backward(f)
-        return act(f)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple:
-        (f,) = ctx.saved_tensors
-        with torch.enable_grad():
-            f = f.detach().requires_grad_()
-            h = ctx.act(f)
-        return torch.autograd.grad(h, f, dh)[0], None
 
 
 class _Gated(Function):

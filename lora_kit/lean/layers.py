@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_kit.lean.elementwise import activation, gated, product
+from lora_kit.lean.elementwise import gated, product
 from lora_kit.lean.linear_loss import Head
 from lora_kit.lean.logits import Logits
 from lora_kit.lean.lora_linear import Map, Source, can_redraw, lora_linear
@@ -183,7 +183,7 @@ class LeanActivation(_Before):
         own = super().forward
         if not (torch.is_grad_enabled() and f.requires_grad) or _compiling():
             return own(f)
-        return _made_from(activation(f, own), Source(own, (f,)))
+        return _made_from(*recomputed(own, f, (), random=False))
 
 
 class LeanGatedMLP(_Before):

@@ -29,7 +29,7 @@ class Map:
     """A frozen linear map, however its weight is stored."""
 
     run: Callable[[Tensor], Tensor]
-    """(..., in) -> (..., out), bias included; the result is new memory."""
+    """(rows, in) -> (rows, out), bias included; the result is new memory."""
     pull: Callable[[Tensor], Tensor]
     """Gradient of the result (rows, out) -> gradient of the input (rows, in), new memory."""
 
@@ -61,7 +61,8 @@ def lora_linear(
     """
     kept = (x,) if source is None else source.kept
     make = None if source is None else source.make
-    return _LoraLinear.apply(x, a, b, bias, lora_bias, base, scale, dropout, make, *(t.detach() for t in kept))
+    y = _LoraLinear.apply(x, a, b, bias, lora_bias, base, scale, dropout, make, *(t.detach() for t in kept))
+    return y.view(*x.shape[:-1], b.shape[0])
 
 
 class _LoraLinear(Function):
@@ -79,7 +80,8 @@ class _LoraLinear(Function):
         make: Callable[..., Tensor] | None,
         *kept: Tensor,
     ) -> Tensor:
-        y = base.run(x).contiguous()
+        # of rows, so that what comes out is no view, which nobody could change in place
+        y = base.run(x.reshape(-1, x.shape[-1])).contiguous()
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else y.dtype
         rows = _rows(x, dtype)
@@ -88,13 +90,12 @@ class _LoraLinear(Function):
             ctx.random = generator_state(x.device)
             rows = rows * _mask(rows, dropout, None)
         small = rows @ a.to(dtype).t()
-        flat = y.view(-1, y.shape[-1])
         if y.dtype == dtype:
-            flat.addmm_(small, b.to(dtype).t(), alpha=scale)
+            y.addmm_(small, b.to(dtype).t(), alpha=scale)
         else:
-            flat.add_(small @ b.to(dtype).t(), alpha=scale)
+            y.add_(small @ b.to(dtype).t(), alpha=scale)
         if lora_bias is not None:
-            flat.add_(lora_bias.to(y.dtype), alpha=scale)
+            y.add_(lora_bias.to(y.dtype), alpha=scale)
         ctx.base, ctx.scale, ctx.dropout, ctx.make, ctx.dtype = base, scale, dropout, make, dtype
         ctx.shape, ctx.input_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -108,12 +109,11 @@ class _LoraLinear(Function):
         small, a, b, *kept = ctx.saved_tensors
         need_x, need_a, need_b, need_bias, need_lora_bias = ctx.needs_input_grad[:5]
         scale, dtype = ctx.scale, ctx.dtype
-        dy = dy.reshape(-1, dy.shape[-1])
         dx = da = db = None
         low = dy.to(dtype)
         dsmall = (low @ b.to(dtype)).mul_(scale)
         if need_b:
-            db = (low.t() @ small).to(b.dtype).mul_(scale)
+            db = (small.t() @ low).t().to(b.dtype).mul_(scale)
         mask = _mask_again(ctx, dsmall, a) if ctx.dropout else None
         if need_a:
             x = _rows(ctx.make(*kept) if ctx.make is not None else kept[0], dtype)
