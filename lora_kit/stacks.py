@@ -9,7 +9,7 @@ of one forward; there is no parametrization. The dense stacks are made again for
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from lora_kit.errors import CannotMergeError, StorageError
+from lora_kit.lean.low_rank_stack import LowRankStack
 from lora_kit.lean.rebuilt import not_kept
 from lora_kit.types import Model
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _PACKED = "lora_kit_packed"
 _GUARDS = "lora_kit_guards"
+LEAN = "_lora_kit_lean"
+"""Set on an adapted stack whose update is to stay apart from the weight (`lean.switch`)."""
 
 
 class Packed:
@@ -168,6 +171,10 @@ class AdaptedParameter(ParamWrapper):
         if not names:
             yield
             return
+        if self._stays_apart(names):
+            with self._apart(layer, names[0]):
+                yield
+            return
 
         def summed() -> torch.Tensor:
             weight = dense(layer, self.parameter_name)
@@ -191,21 +198,50 @@ class AdaptedParameter(ParamWrapper):
             )
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
+    def _stays_apart(self, names: list[str]) -> bool:
+        """Whether the lean step is on, and the update can be kept beside the weight instead of added to it."""
+        on = self.__dict__.get(LEAN, False) and torch.is_grad_enabled() and len(names) == 1
+        return on and not torch.compiler.is_compiling()
+
+    def _sum_was_needed(self) -> None:
+        """The model does something else with its stack than multiply by it: from the next step on it gets the sum."""
+        self.__dict__[LEAN] = False
+
+    @contextmanager
+    def _apart(self, layer: Model, name: str) -> Iterator[None]:
+        make = functools.partial(dense, layer, self.parameter_name)
+        weight = make()
+        left, right = self._factors(weight.shape, name)
+        layer.__dict__[self.parameter_name] = LowRankStack.of(
+            weight, left, right, self.scaling[name], self._sum_was_needed
+        )
+        guard = not_kept(weight, make, layer, self.parameter_name)
+        packed = is_packed(layer, self.parameter_name)
+        del weight, left, right
+        try:
+            with guard if packed else nullcontext():
+                yield
+        finally:
+            layer.__dict__.pop(self.parameter_name, None)
+
+    def _factors(self, shape: tuple[int, ...], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the update is the product of: (..., shape[-2], rank) and (..., rank, shape[-1])."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        if len(shape) == 2:
+            return b, a
+        rank, count = self.r[name], shape[0]
+        a = a.reshape(count, rank, -1)  # (experts, rank, in)
+        b = b.reshape(-1, rank, count).permute(2, 0, 1)  # (experts, out, rank)
+        if shape[1] == b.shape[1] and shape[2] == a.shape[2] and self._out_comes_first():
+            return b, a
+        return a.transpose(1, 2), b.transpose(1, 2)
+
     def _sum(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         """`W + scaling · B A`, in the dtype of W; (experts, ·, ·) or, for a single matrix, (out, in)."""
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        rank = self.r[name]
+        left, right = (factor.to(weight.dtype) for factor in self._factors(weight.shape, name))
         with torch.autocast(weight.device.type, enabled=False):
-            if weight.dim() == 2:
-                return torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=self.scaling[name])
-            count = weight.shape[0]
-            a = a.reshape(count, rank, -1)  # (experts, rank, in)
-            b = b.reshape(-1, rank, count).permute(2, 0, 1)  # (experts, out, rank)
-            if weight.shape[1] == b.shape[1] and weight.shape[2] == a.shape[2] and self._out_comes_first():
-                left, right = b, a
-            else:
-                left, right = a.transpose(1, 2), b.transpose(1, 2)
-            return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=self.scaling[name])
+            add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+            return add(weight, left, right, alpha=self.scaling[name])
 
     def _out_comes_first(self) -> bool:
         """Whether PEFT took the stack for (experts, out, in); older versions know (experts, in, out) only."""

@@ -14,6 +14,7 @@ from lora_kit.lean import elementwise, layers, recomputed, rms_norm
 from lora_kit.lean.linear_loss import Head, linear_cross_entropy
 from lora_kit.lean.logits import Logits
 from lora_kit.lean.lora_linear import Source, lora_linear
+from lora_kit.lean.low_rank_stack import LowRankStack
 
 EXACT = 1e-12
 
@@ -467,6 +468,83 @@ def test_gradients_of_the_loss_do_not_pass_by():
     for ask in (logits.retain_grad, lambda: logits.register_hook(print)):
         with pytest.raises(RuntimeError, match="Switch the lean step off"):
             ask()
+
+
+# --- stacks of matrices whose update stays apart
+
+IDS, ENDS = torch.tensor([2, 0, 0, 1]), torch.tensor([4, 4, 9], dtype=torch.int32)
+USES = {
+    "one by linear": lambda w: functional.linear(draw(6, 11, grad=False), w[1]),
+    "one by linear, with bias": lambda w: functional.linear(
+        draw(6, 11, grad=False), w[torch.tensor(2)], draw(7, grad=False)
+    ),
+    "one by product": lambda w: draw(6, 11, grad=False) @ w[0].T,
+    "one, turned": lambda w: draw(6, 7, grad=False).matmul(w[0]) + draw(6, 7, grad=False) @ w[1].t().mT,
+    "all": lambda w: torch.bmm(draw(3, 6, 11, grad=False), w.transpose(1, 2)),
+    "all, turned": lambda w: draw(3, 6, 7, grad=False) @ w,
+    "some, from the left": lambda w: torch.bmm(w[IDS], draw(4, 11, 1, grad=False)),
+}
+OTHER_USES = {
+    "a part of each": lambda w: w[:, 2:5] * 2,
+    "flat": lambda w: draw(5, 11, grad=False) @ w.view(-1, 11).T,
+    "einsum": lambda w: torch.einsum("tk,eok->teo", draw(5, 11, grad=False), w),
+    "halves": lambda w: torch.cat([part.sigmoid() for part in w.chunk(2, 2)], 2),
+    "a function that is not its own derivative": lambda w: _Straight.apply(w),
+    "one, changed": lambda w: functional.linear(draw(6, 11, grad=False), w[0] * 2),
+}
+
+
+def stack():
+    """Three matrices (7, 11), a factor of each side, and a way to see whether the sum was asked for."""
+    base, left, right = draw(3, 7, 11, grad=False), draw(3, 7, 2), draw(3, 2, 11)
+    asked = []
+    return (
+        LowRankStack.of(base, left, right, 1.7, lambda: asked.append(True)),
+        base + 1.7 * left @ right,
+        left,
+        right,
+        asked,
+    )
+
+
+@pytest.mark.parametrize("use", [*USES, *OTHER_USES])
+def test_low_rank_stack(use):
+    apart, whole, left, right, asked = stack()
+    do = {**USES, **OTHER_USES}[use]
+    found, wanted = do(apart), do(whole)
+    assert type(found) is torch.Tensor and bool(asked) == (use in OTHER_USES)
+    same([found], [wanted])
+    same(gradients(found, (left, right)), gradients(wanted, (left, right)))
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_stack_in_groups(rank, dtype):
+    """Rows sorted by expert, a group of none among them; ranks that the kernel would not take."""
+    grouped = getattr(functional, "grouped_mm", None) or torch._grouped_mm
+    base, x = draw(3, 24, 16, dtype=dtype, grad=False), draw(9, 16, dtype=dtype)
+    left, right = draw(3, 24, rank, dtype=torch.float32), draw(3, rank, 16, dtype=torch.float32)
+    apart = LowRankStack.of(base, left, right, 1.7, lambda: pytest.fail("the sum was formed"))
+    found = grouped(x, apart.transpose(-2, -1), offs=ENDS)
+    exact = (base.double() + 1.7 * left.double() @ right.double()).mT
+    wanted = torch.cat([x[:4].double() @ exact[0], x[4:].double() @ exact[2]])
+    inputs = (x, left, right)
+    step = 2e-6 if dtype == torch.float32 else 2e-2
+    ours = gradients(found, inputs)
+    for g, w in zip((found, *ours), (wanted, *gradients(wanted, inputs)), strict=True):
+        assert (g.double() - w.double()).norm() <= step * w.double().norm()
+    assert found.dtype == dtype and not ours[1][1].any(), "no row, no gradient"
+
+
+def test_an_update_keeps_no_copies():
+    base, left, right = draw(3, 7, 11, dtype=torch.bfloat16, grad=False), draw(3, 7, 2), draw(3, 2, 11)
+    apart = LowRankStack.of(base, left, right, 1.7, lambda: None)
+    x = draw(6, 11, dtype=torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        functional.linear(x, apart[1])
+    mine = {t.untyped_storage().data_ptr() for t in (x, base, left, right)}
+    assert all(t.untyped_storage().data_ptr() in mine for t in kept) and kept
 
 
 # --- every tolerance above can fail

@@ -22,6 +22,8 @@ class Report:
 
     linear: tuple[str, ...] = ()
     """LoRA layers that run as one operation."""
+    stacks: tuple[str, ...] = ()
+    """Expert stacks whose update stays apart from the weight."""
     left: dict[str, str] = field(default_factory=dict)
     """LoRA layers with PEFT's own forward → why."""
     gated: tuple[str, ...] = ()
@@ -35,7 +37,13 @@ class Report:
 
     def __str__(self) -> str:
         gated = "gated MLPs" + (" (recomputed)" if self.recomputed else "")
-        counts = {"LoRA layers": self.linear, gated: self.gated, "activations": self.activations, "norms": self.norms}
+        counts = {
+            "LoRA layers": self.linear,
+            "expert stacks": self.stacks,
+            gated: self.gated,
+            "activations": self.activations,
+            "norms": self.norms,
+        }
         parts = [f"{len(paths)} {what}" for what, paths in counts.items() if paths]
         parts += ["loss in chunks"] * (self.loss is not None)
         said = "lean step: " + (", ".join(parts) or "nothing to replace")
@@ -77,13 +85,15 @@ def enable(model: nn.Module, mode: bool | str = True, *, z_loss: float = 0.0) ->
     if mode is False:
         return Report()
     base = _base(model)
-    linear, left = _loras(base)
+    linear, stacks, left = _loras(base)
     gates = recognition.gates(base)
     norms = recognition.norms(base)
     in_gates = {f"{path}.{gate.act}" for path, gate in gates.items()}
     acts = [path for path in recognition.activations(base) if path not in in_gates]
     for path in linear:
         swap(base.get_submodule(path), layers.LeanLora)
+    for path in stacks:
+        vars(base.get_submodule(path))[layers.SETTINGS] = True
     for path, gate in gates.items():
         _settle(base.get_submodule(path), layers.LeanGatedMLP, (gate, mode == "low-memory"))
     for path, norm in norms.items():
@@ -91,7 +101,9 @@ def enable(model: nn.Module, mode: bool | str = True, *, z_loss: float = 0.0) ->
     for path in acts:
         swap(base.get_submodule(path), layers.LeanActivation)
     loss = _loss(base, z_loss)
-    return Report(tuple(linear), left, tuple(gates), mode == "low-memory", tuple(acts), tuple(norms), loss)
+    return Report(
+        tuple(linear), tuple(stacks), left, tuple(gates), mode == "low-memory", tuple(acts), tuple(norms), loss
+    )
 
 
 def disable(model: nn.Module) -> None:
@@ -117,21 +129,24 @@ def _settle(module: nn.Module, mixin: type, settings: Any) -> None:
     swap(module, mixin)
 
 
-def _loras(base: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """Paths of LoRA layers to replace; and of those to leave, with the reason."""
+def _loras(base: nn.Module) -> tuple[list[str], list[str], dict[str, str]]:
+    """Paths of LoRA layers to replace, of adapted stacks; and of those to leave, with the reason."""
     from peft.tuners.lora import bnb, layer
 
     known = {layer.Linear, getattr(bnb, "Linear4bit", None), getattr(bnb, "Linear8bitLt", None)}
-    linear, left = [], {}
+    linear, stacks, left = [], [], {}
     for path, module in base.named_modules():
         if not isinstance(module, layer.LoraLayer):
+            continue
+        if isinstance(module, layer.ParamWrapper) and type(module) is not layer.ParamWrapper:  # ours, see `stacks`
+            stacks.append(path)
             continue
         reason = f"{type(module).__name__} layers" if original_class(module) not in known else layers.why_not(module)
         if reason is None:
             linear.append(path)
         else:
             left[path] = reason
-    return linear, left
+    return linear, stacks, left
 
 
 def _loss(base: Any, z_loss: float) -> str | None:
