@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK_BYTES = {"cpu": 32 * 2**20}
+CHUNK_BYTES = {"cpu": 24 * 2**20}
 """How much the logits of one chunk, in all their copies, may occupy at a time."""
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 FEWEST_ROWS = 64
