@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.lean.elementwise import gated, product
+from lora_kit.lean.instances import original_class
 from lora_kit.lean.linear_loss import Head
 from lora_kit.lean.logits import Logits
 from lora_kit.lean.lora_linear import Map, Source, can_redraw, lora_linear
@@ -263,7 +264,7 @@ class LeanHead(_Before):
 
         parameters = tuple(p for p in self.parameters() if p.requires_grad)
         z_loss = vars(self)[SETTINGS]
-        plain = not parameters and type(self).__mro__[2] is nn.Linear
+        plain = not parameters and original_class(self) is nn.Linear
         if not plain:
             vocabulary = self.out_features if hasattr(self, "out_features") else self.weight.shape[0]
             return Head(run, vocabulary, parameters=parameters, dtype=dtype, z_loss=z_loss)

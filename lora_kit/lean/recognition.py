@@ -1,12 +1,13 @@
 """Gated MLPs, RMS normalizations and activations, known by what they compute and not by what they are called.
 
-A part is taken for one of these only if its own forward gives, to the last bit, what the formula gives on random input.
-One module of each kind (class, sizes, settings) is asked, the others are like it.
+A part is taken for one of these only if its class's forward gives, to the last bit, what the formula gives on random
+input, with maps and weights of our own in the place of the model's: no weight of the model is read, none has to be
+there. One module of each kind (class, sizes, settings) is asked, the others are like it.
 """
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def _found(model: nn.Module, candidate: Callable[[Any], Any], recognize: Callabl
     known: dict[Any, Any] = {}
     found = {}
     for path, module in model.named_modules():
-        if not candidate(module) or any(p.is_meta for p in module.parameters()):
+        if not candidate(module):
             continue
         key = _kind(module)
         if key not in known:
@@ -76,27 +77,39 @@ def _found(model: nn.Module, candidate: Callable[[Any], Any], recognize: Callabl
 
 def _kind(module: nn.Module) -> tuple:
     """What two modules that compute the same have in common."""
-    settings = tuple(sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, int | float | str)))
+    own = sorted(vars(module).items())
+    settings = tuple((key, repr(value)) for key, value in own if isinstance(value, int | float | str))
+    functions = tuple((key, id(value)) for key, value in own if callable(value))
     parts = tuple((name, type(part), _size(part)) for name, part in module.named_children())
     weights = tuple((name, p.shape, p.dtype) for name, p in module._parameters.items() if p is not None)
-    return type(module), settings, parts, weights
+    return type(module), settings, functions, parts, weights
 
 
 def _asked(module: nn.Module, recognize: Callable[[Any], Any]) -> Any:
-    """The answer of `recognize`, in evaluation mode; None where the module does not like the question."""
-    modes = {part: part.training for part in module.modules()}
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    devices = [device.index or 0] if device.type == "cuda" else []
+    """The answer of `recognize` for a copy of the module without its parts' weights; None where it raises."""
+    if "forward" in vars(module):
+        return None
+    twin = copy.copy(module)
+    vars(twin).update(_modules=dict(module._modules), _parameters=dict(module._parameters), training=False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng([]):
             torch.manual_seed(0)
-            module.eval()
-            return recognize(module)
+            return recognize(twin)
     except Exception:  # whatever a module raises that takes something else
         return None
-    finally:
-        for part, training in modes.items():
-            part.training = training
+
+
+class _StandIn(nn.Module):
+    """Some affine map of the right sizes that costs nothing: each output is one input, scaled and shifted."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs))
+        self.shift = torch.randn(outputs)
+        self.chosen = torch.randint(inputs, (outputs,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., self.chosen] * self.weight + self.shift
 
 
 def _size(part: nn.Module) -> tuple[int, int] | None:
@@ -121,10 +134,12 @@ def _gate(module: nn.Module) -> Gate | None:
         return None
     acts = [name for name, part in rest.items() if not any(True for _ in part.parameters())]
     acts += [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
+    maps = {name: _StandIn(*size) for name, size in sizes.items()}
+    module._modules.update(maps)
     for candidate in _gates(sizes, acts):
-        x = _random(module, (2, 3, sizes[candidate.into[0]][0]))
-        g, u = candidate.halves([children[name] for name in candidate.into], x)
-        if torch.equal(children[candidate.down](getattr(module, candidate.act)(g) * u), module(x)):
+        x = torch.randn(2, 3, sizes[candidate.into[0]][0])
+        g, u = candidate.halves([maps[name] for name in candidate.into], x)
+        if torch.equal(maps[candidate.down](getattr(module, candidate.act)(g) * u), module.forward(x)):
             return candidate
     return None
 
@@ -153,11 +168,10 @@ def _eps(module: nn.Module) -> str | None:
 def _norm(module: Any) -> Norm | None:
     eps = _eps(module)
     # a weight of ones, as after initialization, would hide how it enters
-    other = copy.copy(module)
-    weight = torch.rand_like(module.weight) + 0.5
-    other.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
-    x = torch.randn(4, 16, weight.shape[0], device=weight.device).to(torch.bfloat16)
-    wanted = type(module).forward(other, x)
+    weight = (torch.rand(module.weight.shape) + 0.5).to(module.weight.dtype)
+    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    x = torch.randn(4, 16, weight.shape[0]).to(torch.bfloat16)
+    wanted = module.forward(x)
     for from_one, rounds_first in itertools.product((False, True), (True, False)):
         found = rms_norm(x, weight, getattr(module, eps or ""), from_one=from_one, rounds_first=rounds_first)
         if found.dtype == wanted.dtype and torch.equal(found, wanted):
@@ -178,13 +192,5 @@ def _entrywise(module: nn.Module) -> bool:
         return False
     order = torch.randperm(x.numel())
     mixed = module(x.flatten()[order].view_as(x))
-    module.train()  # some are random then
+    module.training = True  # some are random then
     return torch.equal(mixed, y.flatten()[order].view_as(x)) and torch.equal(module(x), y)
-
-
-def _random(module: nn.Module, shape: Iterable[int]) -> Tensor:
-    """Random numbers that the module takes: in the dtype of its weights, not of adapters or packed bytes."""
-    weights = [p for name, p in module.named_parameters() if p.is_floating_point()]
-    base = [p for name, p in module.named_parameters() if p.is_floating_point() and "lora_" not in name]
-    like = (base or weights)[0]
-    return torch.randn(tuple(shape), device=like.device).to(like.dtype)
