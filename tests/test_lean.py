@@ -82,16 +82,19 @@ def test_in_double_precision(architecture, mode):
 @pytest.mark.parametrize("mode", [True, "low-memory"])
 @pytest.mark.parametrize("architecture", models.MODELS)
 def test_sixteen_bit_is_as_near_the_truth(architecture, mode):
-    """Against float32 on the same weights; three seeds together, since one rounding more or less is luck."""
+    """Against float32 on the same weights; four seeds together, since one rounding more or less is luck."""
     far, plain_far = 0.0, 0.0
     for seed in range(4):
         inputs = models.batch(architecture, rows=5, length=37, seed=seed)
         plain, lean = pair(architecture, lean=mode, dtype=torch.bfloat16, seed=seed)
+        for module in (*plain.modules(), *lean.modules()):
+            if hasattr(module, "top_k"):
+                module.top_k = 4  # all of them: which tokens a rounding sends elsewhere is luck
         exact = copy.deepcopy(plain).float()
         truth = models.step(exact, inputs)
         far += models.overall(models.step(lean, inputs), truth) ** 2
         plain_far += models.overall(models.step(plain, inputs), truth) ** 2
-    assert far**0.5 <= 1.2 * plain_far**0.5
+    assert far**0.5 <= 1.2 * plain_far**0.5, (far / plain_far) ** 0.5
 
 
 @pytest.mark.parametrize("mode", ["low-memory"])
