@@ -14,20 +14,18 @@ seconds is that of whole epochs; the spread is that over seeds.
 """
 
 import argparse
-import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import provenance
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"peft": False, "peft, random batches": False, "ours": True}
 
 
@@ -134,24 +132,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", default="runs/lean-training")
     options = parser.parse_args()
-    from lora_kit.comparison.cell import machine
-    from lora_kit.storage.manifest import versions
-
     torch.set_num_threads(1)
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    facts = {**versions(), **machine("cpu"), "commit": done.stdout.strip()}
+    facts = provenance.facts("cpu")
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in range(options.seeds):
         rows += train(seed, options)
         print(report(rows, ""), flush=True)
-    (folder / "runs.jsonl").write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows))
+    provenance.write_rows(folder / "runs.jsonl", rows, facts)
     about = (
-        f"{options.train_rows:,} rows, one epoch, batches of {options.batch_size}, one thread; {facts['device']}, "
-        f"torch {facts['torch']}, transformers {facts['transformers']}, peft {facts['peft']}; commit {facts['commit']}."
+        f"{options.train_rows:,} rows, one epoch, batches of {options.batch_size}, one thread; "
+        f"{provenance.sentence(facts)}"
     )
     (folder / "report.md").write_text(report(rows, about))
 

@@ -14,10 +14,8 @@ weights included, counted in a step of their own.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import provenance
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = ((4, 256), (1, 2048))
 TOKENS = 20
@@ -137,14 +135,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["prefix", "lora", "peft prefix"])
     parser.add_argument("--output", default="runs/prefix-cost")
     options = parser.parse_args()
-    from lora_kit.comparison.cell import machine
-    from lora_kit.storage.manifest import versions
-
     torch.set_num_threads(1)
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    facts = {**versions(), **machine("cpu"), "commit": done.stdout.strip()}
+    facts = provenance.facts("cpu")
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -152,11 +144,10 @@ def main() -> None:
         for shape in SHAPES:
             rows += measure(dtype, *shape, ["frozen", *options.methods], options)
             print(report(rows[-1 - len(options.methods) :], ""), flush=True)
-    (folder / "steps.jsonl").write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows))
+    provenance.write_rows(folder / "steps.jsonl", rows, facts)
     about = (
         f"{options.layers} layers of width 896, vocabulary {options.vocabulary:,}, {TOKENS} virtual tokens, "
-        f"{options.rounds} rounds, one thread; {facts['device']}, torch {facts['torch']}, "
-        f"transformers {facts['transformers']}, peft {facts['peft']}; commit {facts['commit']}."
+        f"{options.rounds} rounds, one thread; {provenance.sentence(facts)}"
     )
     (folder / "report.md").write_text(report(rows, about))
 

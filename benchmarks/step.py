@@ -23,11 +23,9 @@ these shapes.
 import argparse
 import functools
 import gc
-import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import provenance
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = ((2, 256), (1, 1024), (1, 2048))
 VOCABULARIES = (32_000, 128_256)
@@ -335,26 +333,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", default="runs/step")
     options = parser.parse_args()
-    from lora_kit.comparison.cell import machine
-    from lora_kit.storage.manifest import versions
-
     if options.device == "cpu":
         torch.set_num_threads(1)
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    facts = {**versions(), **machine(options.device), "commit": done.stdout.strip()}
+    facts = provenance.facts(options.device)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for group in options.groups:
         kinds = [kind for kind in GROUPS[group] if options.kinds is None or kind in options.kinds]
         rows += (ragged if group == "ragged" else shapes)(options, kinds, group)
-        (folder / "steps.jsonl").write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows))
+        provenance.write_rows(folder / "steps.jsonl", rows, facts)
     about = (
         f"{options.layers} layers of width {options.width}, MLP {options.inner}, rank {options.rank}, bfloat16 base, "
-        f"{options.rounds} rounds, one thread; {facts['device']}, torch {facts['torch']}, "
-        f"transformers {facts['transformers']}, peft {facts['peft']}; commit {facts['commit']}."
+        f"{options.rounds} rounds, one thread; {provenance.sentence(facts)}"
     )
     (folder / "report.md").write_text(report(rows, about))
 

@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from lora_kit.lean.linear_loss import Head, linear_cross_entropy
+from lora_kit.lean.waiting import answer, asks, read
 
 # done to each entry by itself: they can wait until the entries are there
 _ENTRYWISE = {
@@ -69,33 +70,32 @@ class Logits(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "__get__" or func in _ASKED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+        if asks(func):
+            return answer(func, args, kwargs)
         if func in (torch.Tensor.retain_grad, torch.Tensor.register_hook):
             return _on_gradient(func, args)
         first = args[0] if args else None
         if isinstance(first, Logits) and func is functional.cross_entropy:
-            answer = _cross_entropy(first, *args[1:], **kwargs)
-            if answer is not None:
-                return answer
+            found = _cross_entropy(first, *args[1:], **kwargs)
+            if found is not None:
+                return found
         # what is done without a graph must not get one later
         waits = torch.is_grad_enabled()
         if isinstance(first, Logits) and waits:
-            answer = None
+            found = None
             if func in _SHAPED:
-                answer = _shaped(first, func, args[1:], kwargs)
+                found = _shaped(first, func, args[1:], kwargs)
             elif func is torch.Tensor.__getitem__:
-                answer = _rows(first, args[1])
+                found = _rows(first, args[1])
             elif func in (torch.Tensor.detach, torch.detach):
                 with torch.no_grad():
                     return first.values().detach()
-            if answer is not None:
-                return answer
+            if found is not None:
+                return found
         if func in _ENTRYWISE and waits:
-            answer = _entrywise(func, args, kwargs)
-            if answer is not None:
-                return answer
+            found = _entrywise(func, args, kwargs)
+            if found is not None:
+                return found
         return func(*_computed(args), **_computed(kwargs))
 
     @classmethod
@@ -107,14 +107,6 @@ class Logits(torch.Tensor):
         # `_Reached`'s
         with torch.no_grad():
             return func(*_computed(args), **_computed(kwargs or {}))
-
-
-# answered by what the tensor says of itself
-_ASKED = {
-    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.ndimension,
-    torch.Tensor.is_floating_point, torch.is_floating_point, torch.Tensor.element_size, torch.Tensor.get_device,
-    torch.numel, torch.is_tensor, torch.Tensor.__len__,
-}  # fmt: skip
 
 
 class _Reached(Function):
@@ -156,14 +148,7 @@ def _steps(values: Tensor, steps: tuple[Step, ...]) -> Tensor:
 
 def _computed(given: Any) -> Any:
     """The same arguments with logits that exist."""
-    if isinstance(given, Logits):
-        return given.values()
-    if isinstance(given, dict):
-        return {key: _computed(value) for key, value in given.items()}
-    if isinstance(given, list | tuple):
-        made = [_computed(value) for value in given]
-        return type(given)(*made) if hasattr(given, "_fields") else type(given)(made)
-    return given
+    return read(given, Logits, Logits.values)
 
 
 def _entrywise(func: Any, args: tuple, kwargs: dict) -> "Logits | None":
@@ -249,8 +234,7 @@ def _rows(logits: Logits, index: Any) -> "Logits | None":
 def _on_gradient(func: Any, args: tuple) -> Any:
     """The loss does not come by these logits, so that it leaves no gradient on them."""
     if str(getattr(args[-1], "__module__", "")).startswith("torch.distributed"):
-        with torch._C.DisableTorchFunctionSubclass():  # it asks to be told when the backward pass begins
-            return func(*args)
+        return answer(func, args, {})  # it asks to be told when the backward pass begins
     raise RuntimeError(
         f"{func.__name__} on the logits of a lean training step: its loss is computed from the hidden states, so no "
         "gradient of it reaches the logits. Switch the lean step off: lora_kit.lean.switch.disable(model)."

@@ -15,6 +15,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lora_kit.lean.waiting import answer, asks, read
+
 
 class LowRankStack(torch.Tensor):
     """(..., p, q): `base + scale · left @ right`, with left (..., p, rank) and right (..., rank, q)."""
@@ -54,12 +56,11 @@ class LowRankStack(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        answer = _PRODUCTS[func](*args, **kwargs) if func in _PRODUCTS else None
-        if answer is not None:
-            return answer
-        if getattr(func, "__name__", "") == "__get__" or func in _ASKED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+        found = _PRODUCTS[func](*args, **kwargs) if func in _PRODUCTS else None
+        if found is not None:
+            return found
+        if asks(func):
+            return answer(func, args, kwargs)
         if func is torch.Tensor.data_ptr:  # asked to see whether memory is aligned
             return args[0].base.data_ptr()
         return func(*_wholes(args), **_wholes(kwargs))
@@ -121,13 +122,7 @@ class _Update(Function):
 
 def _wholes(given: Any) -> Any:
     """The same arguments with sums that exist."""
-    if isinstance(given, LowRankStack):
-        return given.whole()
-    if isinstance(given, dict):
-        return {key: _wholes(value) for key, value in given.items()}
-    if isinstance(given, list | tuple):
-        return type(given)(_wholes(value) for value in given)
-    return given
+    return read(given, LowRankStack, LowRankStack.whole)
 
 
 def _plus_update(product: Tensor, stack: LowRankStack, update: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -203,9 +198,3 @@ _PRODUCTS |= {
     for product in (getattr(functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
     if product is not None
 }
-# answered by what the tensor says of itself
-_ASKED = {
-    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.stride, torch.Tensor.is_floating_point,
-    torch.is_floating_point, torch.Tensor.element_size, torch.Tensor.ndimension, torch.Tensor.__len__,
-    torch.Tensor.is_contiguous, torch.Tensor.get_device,
-}  # fmt: skip
