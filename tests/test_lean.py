@@ -365,6 +365,10 @@ def test_unknown_modes(mode):
     assert not any(p.requires_grad is False for p in base.parameters()), "untouched"
     with pytest.raises(OptionError, match="low-memory"):
         enable(base, mode)
+    with pytest.raises(OptionError, match="takes a loaded model, got 'llama'"):
+        enable("llama")
+    with pytest.raises(OptionError, match="Here it is called lean='low-memory'"):
+        adapt(base, "lora", low_memory=True)
 
 
 def test_what_changes_later_is_seen():

@@ -103,3 +103,5 @@ def test_finetune_refuses_to_pack_what_cannot_be_packed(tmp_path):
     model = adapt(architectures.recipe("bloom", "causal-lm").build(), "lora", rank=2)
     with pytest.raises(OptionError, match=r"packing=True: BloomForCausalLM does not keep packed rows apart"):
         finetune(model, data(tmp_path), tokenizer=tiny.tokenizer(), packing=True)
+    with pytest.raises(OptionError, match=r"packing must be True, False or None, got 'yes'"):
+        finetune(model, data(tmp_path), tokenizer=tiny.tokenizer(), packing="yes")

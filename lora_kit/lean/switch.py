@@ -66,7 +66,7 @@ def enable(model: nn.Module, mode: bool | str = True, *, z_loss: float = 0.0) ->
         z_loss: factor of `(log Σ exp z)²` in the training loss, 0 for none.
 
     Raises:
-        OptionError: a mode that does not exist.
+        OptionError: a mode that does not exist, or something that is no model.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -81,6 +81,8 @@ def enable(model: nn.Module, mode: bool | str = True, *, z_loss: float = 0.0) ->
         >>> disable(model)
     """
     check(mode)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"enable takes a loaded model, got {model!r}; adapt(...) loads one and makes it lean.")
     disable(model)
     if mode is False:
         return Report()

@@ -31,6 +31,7 @@ _SAME = {
     "device_map": "device",
     "adapter_name": "name",
     "task_type": "task",
+    "low_memory": "lean='low-memory'",
 }
 
 

@@ -265,6 +265,8 @@ def build_trainer(
 
 def _packing(model: Model, task: str, wanted: bool | None) -> bool:
     """Whether to pack; an error where that was asked for and cannot be done."""
+    if wanted not in (None, True, False):
+        raise OptionError(f"packing must be True, False or None, got {wanted!r}.")
     if wanted is False or (wanted is None and not has_rows_of_any_length(model)):
         return False
     possible = task == "causal-lm" and can_pack(model)
