@@ -420,6 +420,8 @@ READS = {
     "joined": lambda z: torch.cat([z[:, :2], z[:, 5:]], 1),
     "einsum": lambda z: torch.einsum("bsv,bsv->bs", z, z),
     "a new axis": lambda z: z[:, None],
+    "data": lambda z: z.data * 2,
+    "matrices turned": lambda z: z.mT * 2,
 }
 
 
@@ -490,6 +492,7 @@ OTHER_USES = {
     "einsum": lambda w: torch.einsum("tk,eok->teo", draw(5, 11, grad=False), w),
     "halves": lambda w: torch.cat([part.sigmoid() for part in w.chunk(2, 2)], 2),
     "a function that is not its own derivative": lambda w: _Straight.apply(w),
+    "data": lambda w: w.data * 2 + w.sum() * 0,
     "one, changed": lambda w: functional.linear(draw(6, 11, grad=False), w[0] * 2),
 }
 

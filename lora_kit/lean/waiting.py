@@ -13,10 +13,12 @@ _ASKED = {
     torch.Tensor.is_floating_point, torch.is_floating_point, torch.numel, torch.is_tensor, torch.Tensor.__len__,
 }  # fmt: skip
 
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]  # a property, which the stubs have as a tensor
+
 
 def asks(func: Any) -> bool:
     """Whether an operation asks for shape, dtype, place or another property."""
-    return getattr(func, "__name__", "") == "__get__" or func in _ASKED
+    return (getattr(func, "__name__", "") == "__get__" and func != _DATA) or func in _ASKED
 
 
 def answer(func: Any, args: tuple, kwargs: dict) -> Any:
