@@ -23,6 +23,7 @@ these shapes.
 import argparse
 import functools
 import gc
+import json
 import os
 import random
 import statistics
@@ -266,7 +267,10 @@ def ragged(options: argparse.Namespace, kinds: list[str], group: str) -> list[di
         order = orders[kind.partition(" ")[2]]
         collate = Packer() if "packed" in kind else Collator(0)
         batches = [collate([data[i] for i in order[k : k + size]]) for k in range(0, len(order), size)]
-        batches = [{key: value.to(options.device) for key, value in batch.items()} for batch in batches]
+        batches = [
+            {key: value.to(options.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            for batch in batches
+        ]
         shares[kind] = sum(lengths) / sum(batch["input_ids"].numel() for batch in batches)
 
         def epoch(kind: str = kind, batches: list[dict[str, Any]] = batches) -> None:
@@ -328,7 +332,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
     parser.add_argument("--shapes", nargs="+", type=shape, default=list(SHAPES), help="rows x tokens, such as 2x256")
-    parser.add_argument("--ragged-rows", type=int, default=64)
+    parser.add_argument("--ragged-rows", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", default="runs/step")
@@ -337,16 +341,22 @@ def main() -> None:
         torch.set_num_threads(1)
     facts = provenance.facts(options.device)
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    file = folder / "steps.jsonl"
+    # groups that are not measured now stay as they are
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [row for row in rows if row["table"] not in options.groups]
     for group in options.groups:
         kinds = [kind for kind in GROUPS[group] if options.kinds is None or kind in options.kinds]
-        rows += (ragged if group == "ragged" else shapes)(options, kinds, group)
-        provenance.write_rows(folder / "steps.jsonl", rows, facts)
+        found = (ragged if group == "ragged" else shapes)(options, kinds, group)
+        rows += [{**row, **facts} for row in found]
+        provenance.write_rows(file, rows, {})
     about = (
         f"{options.layers} layers of width {options.width}, MLP {options.inner}, rank {options.rank}, bfloat16 base, "
         f"{options.rounds} rounds, one thread; {provenance.sentence(facts)}"
     )
+    earlier = sorted({row["commit"] for row in rows} - {facts["commit"]})
+    if earlier:
+        about += f" Rows of other tables: commit {', '.join(earlier)}."
     (folder / "report.md").write_text(report(rows, about))
 
 
