@@ -8,8 +8,9 @@ Three tables, each measured in turn within one process:
   `lean="low-memory"`, with activation checkpointing on top, and with dropout 0.1 beside PEFT's own with it.
 * `4bit`: the stock recipe (`prepare_model_for_kbit_training`, without and with its checkpointing) and `adapt` on an
   NF4 base.
-* `ragged`: an epoch of rows whose lengths are drawn from a log-normal distribution with a mean of 160 tokens: plain
-  PEFT on random padded batches, the same sorted by length, ours likewise, and ours packed.
+* `ragged`: an epoch of 2,048 rows whose lengths are drawn from a log-normal distribution with a mean of 160 tokens:
+  plain PEFT on random padded batches, the same on rows of like length, ours likewise, and ours packed. Some batches of
+  each order are timed, from the shortest to the longest in equal strides, and scaled to all the tokens.
 
 Random weights of the shapes of Qwen2.5-0.5B's layers in a Llama (width 896, 14 heads on 2 key heads, MLP 4864), fewer
 layers; LoRA of rank 16 on every linear layer, float32 adapters. A step is forward, backward, clipping and fused AdamW.
@@ -262,16 +263,23 @@ def ragged(options: argparse.Namespace, kinds: list[str], group: str) -> list[di
     orders["packed"] = orders["random"]
     models = {kind: model_of(kind, options, options.vocabularies[0]) for kind in kinds}
     steps = {kind: step_of(model) for kind, model in models.items()}
-    runs, shares = {}, {}
+    runs, shares, tokens = {}, {}, {}
     for kind in kinds:
         order = orders[kind.partition(" ")[2]]
         collate = Packer() if "packed" in kind else Collator(0)
-        batches = [collate([data[i] for i in order[k : k + size]]) for k in range(0, len(order), size)]
+        whole = [order[k : k + size] for k in range(0, len(order), size)]
+        # some batches that stand for all: from the shortest to the longest in equal strides
+        whole.sort(key=lambda some: max(lengths[i] for i in some))
+        stride = len(whole) / options.ragged_batches
+        chosen = [whole[int((k + 0.5) * stride)] for k in range(options.ragged_batches)]
+        batches = [collate([data[i] for i in some]) for some in chosen]
         batches = [
             {key: value.to(options.device) if torch.is_tensor(value) else value for key, value in batch.items()}
             for batch in batches
         ]
-        shares[kind] = sum(lengths) / sum(batch["input_ids"].numel() for batch in batches)
+        padded = sum(size * max(lengths[i] for i in some) for some in whole)
+        shares[kind] = 1.0 if "packed" in kind else sum(lengths) / padded
+        tokens[kind] = sum(lengths[i] for some in chosen for i in some)
 
         def epoch(kind: str = kind, batches: list[dict[str, Any]] = batches) -> None:
             for batch in batches:
@@ -280,6 +288,8 @@ def ragged(options: argparse.Namespace, kinds: list[str], group: str) -> list[di
         runs[kind] = epoch
     seconds = in_turn(runs, options)
     peaks = {kind: peak_of(runs[kind], models[kind], steps[kind][1], options.device) for kind in kinds}
+    # as many tokens for all: what an epoch takes
+    seconds = {kind: [s * sum(lengths) / tokens[kind] for s in some] for kind, some in seconds.items()}
     found = rows_of(group, kinds, seconds, peaks, vocabulary=options.vocabularies[0], rows=size, tokens=None)
     for row in found:
         row["real_tokens"] = shares[row["kind"]]
@@ -296,7 +306,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         low, high = row["spread"]
         share = f"{row['matmul_share']:.2f}" if "matmul_share" in row else ""
         if row["tokens"] is None:
-            shape = f"{row['rows']} rows, {100 * row['real_tokens']:.0f} % no padding"
+            shape = f"{row['rows']} rows, {100 * row['real_tokens']:.0f} % of tokens real"
         else:
             shape = f"{row['rows']} × {row['tokens']}"
         lines.append(
@@ -332,7 +342,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
     parser.add_argument("--shapes", nargs="+", type=shape, default=list(SHAPES), help="rows x tokens, such as 2x256")
-    parser.add_argument("--ragged-rows", type=int, default=48)
+    parser.add_argument("--ragged-rows", type=int, default=2048)
+    parser.add_argument("--ragged-batches", type=int, default=6, help="how many of an epoch are timed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", default="runs/step")
