@@ -45,7 +45,7 @@ def _whole(weight: Any) -> bool:
 def _bare(module: nn.Module) -> bool:
     """Whether calling the module is nothing but its class's forward (and hooks of ours, which change no value)."""
     own = vars(module)
-    return "forward" not in own and all(_ours(hook) for hooks in _HOOKS for hook in own[hooks].values())
+    return "forward" not in own and all(_ours(hook) for hooks in _HOOKS if own[hooks] for hook in own[hooks].values())
 
 
 def _ours(hook: Any) -> bool:

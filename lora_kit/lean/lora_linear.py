@@ -113,7 +113,7 @@ class _LoraLinear(Function):
         low = dy.to(dtype)
         dsmall = (low @ b.to(dtype)).mul_(scale)
         if need_b:
-            db = (small.t() @ low).t().to(b.dtype).mul_(scale)
+            db = (small.t() @ low).t().to(b.dtype, memory_format=torch.contiguous_format).mul_(scale)
         mask = _mask_again(ctx, dsmall, a) if ctx.dropout else None
         if need_a:
             x = _rows(ctx.make(*kept) if ctx.make is not None else kept[0], dtype)
