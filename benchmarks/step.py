@@ -325,6 +325,12 @@ def report(rows: list[dict[str, Any]], about: str) -> str:
     return f"{text}\n{about}\n"
 
 
+def rounds_and_commits(rows: list[dict[str, Any]]) -> str:
+    """How often each table was measured, and from which commit."""
+    found = dict.fromkeys((row["table"], row["rounds"], row["commit"]) for row in rows)
+    return "; ".join(f"`{table}`: {rounds} rounds, commit {commit}" for table, rounds, commit in found) + "."
+
+
 def shape(word: str) -> tuple[int, int]:
     rows, _, tokens = word.partition("x")
     return int(rows), int(tokens)
@@ -359,15 +365,12 @@ def main() -> None:
     for group in options.groups:
         kinds = [kind for kind in GROUPS[group] if options.kinds is None or kind in options.kinds]
         found = (ragged if group == "ragged" else shapes)(options, kinds, group)
-        rows += [{**row, **facts} for row in found]
+        rows += [{**row, **facts, "rounds": options.rounds} for row in found]
         provenance.write_rows(file, rows, {})
     about = (
         f"{options.layers} layers of width {options.width}, MLP {options.inner}, rank {options.rank}, bfloat16 base, "
-        f"{options.rounds} rounds, one thread; {provenance.sentence(facts)}"
+        f"one thread. {rounds_and_commits(rows)} {provenance.sentence(facts)}"
     )
-    earlier = sorted({row["commit"] for row in rows} - {facts["commit"]})
-    if earlier:
-        about += f" Rows of other tables: commit {', '.join(earlier)}."
     (folder / "report.md").write_text(report(rows, about))
 
 
