@@ -138,7 +138,6 @@ def main() -> None:
     torch.set_num_threads(1)
     facts = provenance.facts("cpu")
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for dtype in options.dtypes:
         for shape in SHAPES:

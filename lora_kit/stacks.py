@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from lora_kit.errors import CannotMergeError, StorageError
+from lora_kit.lean.layers import SETTINGS
 from lora_kit.lean.low_rank_stack import LowRankStack
 from lora_kit.lean.rebuilt import not_kept
 from lora_kit.types import Model
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 _PACKED = "lora_kit_packed"
 _GUARDS = "lora_kit_guards"
-LEAN = "_lora_kit_lean"
-"""Set on an adapted stack whose update is to stay apart from the weight (`lean.switch`)."""
 
 
 class Packed:
@@ -200,12 +199,12 @@ class AdaptedParameter(ParamWrapper):
 
     def _stays_apart(self, names: list[str]) -> bool:
         """Whether the lean step is on, and the update can be kept beside the weight instead of added to it."""
-        on = self.__dict__.get(LEAN, False) and torch.is_grad_enabled() and len(names) == 1
+        on = self.__dict__.get(SETTINGS, False) and torch.is_grad_enabled() and len(names) == 1
         return on and not torch.compiler.is_compiling()
 
     def _sum_was_needed(self) -> None:
         """The model does something else with its stack than multiply by it: from the next step on it gets the sum."""
-        self.__dict__[LEAN] = False
+        self.__dict__[SETTINGS] = False
 
     @contextmanager
     def _apart(self, layer: Model, name: str) -> Iterator[None]:
@@ -215,11 +214,11 @@ class AdaptedParameter(ParamWrapper):
         layer.__dict__[self.parameter_name] = LowRankStack.of(
             weight, left, right, self.scaling[name], self._sum_was_needed
         )
-        guard = not_kept(weight, make, layer, self.parameter_name)
         packed = is_packed(layer, self.parameter_name)
+        guard = not_kept(weight, make, layer, self.parameter_name) if packed else nullcontext()
         del weight, left, right
         try:
-            with guard if packed else nullcontext():
+            with guard:
                 yield
         finally:
             layer.__dict__.pop(self.parameter_name, None)

@@ -41,6 +41,7 @@ class Head:
     dtype: torch.dtype | None = None
     """The dtype that autocast runs the product in; None without autocast."""
     z_loss: float = 0.0
+    """What `linear_cross_entropy` is to be given where the logits of this head meet a loss."""
 
 
 def linear_cross_entropy(
@@ -106,6 +107,7 @@ class _LinearCrossEntropy(Function):
         gradient = need_hidden or need_head
         # cast once, not for every chunk
         frozen = (_cast(head.weight, head.dtype), _cast(head.bias, head.dtype)) if head.weight is not None else None
+        mine = frozen is not None and head.post is None
         pulled = torch.empty_like(hidden) if need_hidden else None
         # sums over chunks in float32 at least: a 16-bit sum would round at every chunk
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
@@ -114,7 +116,6 @@ class _LinearCrossEntropy(Function):
         for rows in _chunks(hidden, head.vocabulary, budget):
             wanted = target[start : start + rows.shape[0]]
             logits, back = _logits(rows, head, frozen, parameters, need_hidden, need_head)
-            mine = head.weight is not None and head.post is None
             loss, change = _loss(logits, wanted, smoothing, z_loss, gradient, scratch=mine)
             del logits
             losses.append(loss if each else loss.sum(0, keepdim=True))
@@ -127,7 +128,7 @@ class _LinearCrossEntropy(Function):
                         total += found
             del change, back
             start += rows.shape[0]
-        ctx.each, ctx.count = each, len(parameters)
+        ctx.each = each
         ctx.save_for_backward(pulled, *(s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)))
         if each:
             return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)

@@ -8,6 +8,7 @@ user's code.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,19 +20,18 @@ from torch.nn import functional
 from lora_kit.lean.linear_loss import Head, linear_cross_entropy
 from lora_kit.lean.waiting import answer, asks, read
 
-# done to each entry by itself: they can wait until the entries are there
-_ENTRYWISE = {
-    torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to,
-    torch.Tensor.type, torch.Tensor.contiguous, torch.Tensor.mul, torch.Tensor.div, torch.Tensor.true_divide,
-    torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__truediv__, torch.Tensor.add, torch.Tensor.__add__,
-    torch.Tensor.__radd__, torch.Tensor.sub, torch.Tensor.__sub__, torch.Tensor.tanh, torch.mul, torch.div,
-    torch.true_divide, torch.add, torch.sub, torch.tanh, torch.Tensor.clamp, torch.clamp,
-}  # fmt: skip
-_SHAPED = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten}
 _CASTS = {
     torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to,
     torch.Tensor.type,
 }  # fmt: skip
+# done to each entry by itself: they can wait until the entries are there
+_ENTRYWISE = _CASTS | {
+    torch.Tensor.contiguous, torch.Tensor.mul, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.__mul__,
+    torch.Tensor.__rmul__, torch.Tensor.__truediv__, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__,
+    torch.Tensor.sub, torch.Tensor.__sub__, torch.Tensor.tanh, torch.mul, torch.div, torch.true_divide, torch.add,
+    torch.sub, torch.tanh, torch.Tensor.clamp, torch.clamp,
+}  # fmt: skip
+_SHAPED = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten}
 
 
 class Step(NamedTuple):
@@ -197,10 +197,7 @@ def _shaped(logits: Logits, func: Any, args: tuple, kwargs: dict) -> "Logits | N
             return None
         last = logits.shape[-1]
         if given[-1] == -1:
-            known = 1
-            for n in given[:-1]:
-                known *= n
-            if known != rows:
+            if math.prod(given[:-1]) != rows:
                 return None
         elif given[-1] != last:
             return None
@@ -210,25 +207,15 @@ def _shaped(logits: Logits, func: Any, args: tuple, kwargs: dict) -> "Logits | N
 
 def _rows(logits: Logits, index: Any) -> "Logits | None":
     """Some of the rows; None where the index reaches into the vocabulary."""
-    parts = list(index) if isinstance(index, tuple) else [index]
+    parts = index if isinstance(index, tuple) else (index,)
     if any(part is None for part in parts):
         return None
-    spans = [part.dim() if torch.is_tensor(part) and part.dtype == torch.bool else 1 for part in parts]
-    if any(part is Ellipsis for part in parts):
-        if parts[-1] is Ellipsis or not _everything(parts[-1]):
-            return None
-        parts.pop()
-    elif sum(spans) >= logits.dim():
-        if not _everything(parts[-1]):
-            return None
-        parts.pop()
-    picked = tuple(part if part is not Ellipsis else slice(None) for part in parts)
-    if any(part is Ellipsis for part in parts):
-        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
-        others = sum(span for i, span in enumerate(spans[: len(parts)]) if i != place)
-        fill = (slice(None),) * (logits.dim() - 1 - others)
-        picked = (*parts[:place], *fill, *parts[place + 1 :])
-    return _lazily(logits.hidden[picked], logits.head, logits.steps, logits.sample, logits.raw)
+    spans = sum(part.dim() if torch.is_tensor(part) and part.dtype == torch.bool else 1 for part in parts)
+    reaches = spans >= logits.dim() or any(part is Ellipsis for part in parts)
+    if reaches and not _everything(parts[-1]):
+        return None
+    # hidden states have as many dimensions, and all of the last one is taken
+    return _lazily(logits.hidden[index], logits.head, logits.steps, logits.sample, logits.raw)
 
 
 def _on_gradient(func: Any, args: tuple) -> Any:

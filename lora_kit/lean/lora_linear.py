@@ -87,7 +87,7 @@ class _LoraLinear(Function):
         rows = _rows(x, dtype)
         ctx.random = None
         if dropout:
-            ctx.random = generator_state(x.device)
+            ctx.random = default_generator(x.device).get_state()
             rows = rows * _mask(rows, dropout, None)
         small = rows @ a.to(dtype).t()
         if y.dtype == dtype:
@@ -137,11 +137,6 @@ class _LoraLinear(Function):
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
-
-
-def generator_state(device: torch.device) -> Tensor:
-    """State of the device's default generator, bytes."""
-    return default_generator(device).get_state()
 
 
 def default_generator(device: torch.device) -> torch.Generator:

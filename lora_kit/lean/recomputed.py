@@ -37,7 +37,7 @@ class _Again:
 
     def __init__(self, run: Callable[[Tensor], Tensor], device: torch.device, random: bool) -> None:
         self.run, self.device = run, device
-        self.random = _states(device) if random else {}
+        self.random = [generator.get_state() for generator in _generators(device)] if random else []
         kind = device.type
         self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self.graph: tuple[Tensor, Tensor] | None = None
@@ -71,27 +71,20 @@ class _Recomputed(Function):
         return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])
 
 
-def _states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = default_generator(device).get_state()
-    return states
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """What random operations on this device, and on the CPU, draw from."""
+    return [torch.default_generator] + ([default_generator(device)] if device.type != "cpu" else [])
 
 
 @contextmanager
-def _drawing_from(states: dict[str, Tensor], device: torch.device) -> Iterator[None]:
+def _drawing_from(states: list[Tensor], device: torch.device) -> Iterator[None]:
     """Random operations inside draw from these states; outside nothing has been drawn."""
-    if not states:
-        yield
-        return
-    generators = {"cpu": torch.default_generator}
-    if device.type != "cpu":
-        generators[device.type] = default_generator(device)
-    before = {kind: generator.get_state() for kind, generator in generators.items()}
+    generators = _generators(device) if states else []
+    before = [generator.get_state() for generator in generators]
     try:
-        for kind, generator in generators.items():
-            generator.set_state(states[kind])
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
         yield
     finally:
-        for kind, generator in generators.items():
-            generator.set_state(before[kind])
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)

@@ -4,6 +4,7 @@ What is changed is the class of single module instances, to a subclass of the sa
 key of the state dict, no other model. The methods that take over are in `layers`.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,8 +154,6 @@ def _loras(base: nn.Module) -> tuple[list[str], list[str], dict[str, str]]:
 
 def _loss(base: Any, z_loss: float) -> str | None:
     """Have the output head wait for its loss; its path, or None for a model without."""
-    import inspect
-
     try:
         head = base.get_output_embeddings()
     except (AttributeError, NotImplementedError):

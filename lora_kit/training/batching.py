@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lora_kit.adaptation import base_of
 from lora_kit.training.data import IGNORED, Row
 from lora_kit.types import Model
 
@@ -65,7 +66,7 @@ def can_pack(model: Model) -> bool:
 
     from lora_kit import probe
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     vocabulary = min(100, getattr(base.config.get_text_config(), "vocab_size", 100))
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(vocabulary, (length,), generator=draw).tolist() for length in (5, 9)]
