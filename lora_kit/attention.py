@@ -183,8 +183,11 @@ def _turns(model: Model, kept: "dict[tuple[str, int], Seen]") -> tuple[dict[tupl
     Two passes over the same tokens, numbered from 0 and from `SHIFT` on, must give keys that differ by the rotation of
     one of the model's own tables of frequencies, and equal values.
     """
-    tables = [b.float().flatten() for name, b in model.named_buffers() if "inv_freq" in name]
-    tables = list({tuple(t.tolist()): t for t in tables if t.numel()}.values())
+    from lora_kit import probe
+
+    with probe.trial(model):
+        tables = [b.float().flatten() for name, b in model.named_buffers() if "inv_freq" in name]
+        tables = list({tuple(t.tolist()): t for t in tables if t.numel()}.values())
     config: Any = model.config
     if not tables or getattr(config, "is_encoder_decoder", False):
         return {}, True

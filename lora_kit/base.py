@@ -161,7 +161,6 @@ def _examine_object(model: Model, device: str | None) -> Source:
 def _examine_path(
     path: str, task: str | None, dtype: "torch.dtype | str", device: str | None, model_kwargs: dict[str, Any]
 ) -> Source:
-    import torch
     import transformers
 
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
@@ -195,14 +194,21 @@ def _examine_path(
             setattr(config, key, model_kwargs.pop(key))
     extra = {k: v for k, v in model_kwargs.items() if k == "trust_remote_code"}
     try:
-        with torch.device("meta"):
-            chosen = _class_for(config, task)
-            build = getattr(chosen, "from_config", None) or chosen._from_config
-            skeleton = build(config, **extra)
+        skeleton = skeleton_of(config, task, **extra)
     except ValueError as error:
         raise OptionError(f"{path} cannot be built for task={task!r}: {str(error).splitlines()[0][:300]}") from None
     quantization.mark(skeleton, getattr(config, "quantization_config", None))
     return Source(skeleton, task, path, config, dtype, device, model_kwargs)
+
+
+def skeleton_of(config: Any, task: str, **kwargs: Any) -> Model:
+    """The model that a config describes, without weights (on `meta`)."""
+    import torch
+
+    chosen = _class_for(config, task)
+    build = getattr(chosen, "from_config", None) or chosen._from_config
+    with torch.device("meta"):
+        return build(config, **kwargs)
 
 
 def _class_for(config: Any, task: str) -> Any:

@@ -7,7 +7,7 @@ sparse attention chooses tokens by maps that get no gradient. An adapter there w
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_kit.types import Model
@@ -25,7 +25,7 @@ def used(model: Model, candidates: dict[str, Model]) -> set[str] | None:
     """
     import torch
 
-    if not candidates or not hasattr(model, "config") or any(p.is_meta for p in model.parameters()):
+    if not candidates or not hasattr(model, "config"):
         return None
     with trial(model):
         for inputs in trial_inputs(model):
@@ -150,13 +150,20 @@ def _idle_siblings(model: Model, candidates: set[str], reached: set[str], called
 
 @contextmanager
 def trial(model: Model) -> Iterator[None]:
-    """Evaluation mode, frozen parameters and a fixed random state inside; outside everything is as it was before."""
+    """Evaluation mode, frozen parameters and a fixed random state inside; outside everything is as it was before.
+
+    A model without weights runs on stand-ins (`standins`).
+    """
     import torch
 
+    from lora_kit import standins
+
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with _unchanged(model), _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad(), _no_leaves(model):
-        torch.manual_seed(0)
-        yield
+    with standins.runnable(model) if standins.needed(model) else nullcontext():
+        with _unchanged(model), _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad():
+            torch.manual_seed(0)
+            with _no_leaves(model):
+                yield
 
 
 @contextmanager

@@ -280,6 +280,10 @@ def packed_weight(layer: Model, weight: "torch.Tensor", config: "BitsAndBytesCon
 
     if layer.source_cls.__name__ == "Conv1D":
         weight = weight.T
+    if weight.is_meta:
+        from lora_kit import weightless
+
+        return weightless.four_bit(weight, config) if config.load_in_4bit else weightless.eight_bit(weight)
     settings = dict(layer.weight.__dict__)
     if config.load_in_4bit:
         return bnb.nn.Params4bit(weight, requires_grad=False, **settings).to(weight.device)

@@ -34,8 +34,9 @@ def groups(model: Model) -> list[list[Model]]:
         base = layer.get_base_layer()
         name = getattr(layer, "parameter_name", None) or "weight"
         weight = base._parameters.get(name)
-        if weight is not None and not weight.is_meta:
-            found.setdefault((weight.data_ptr(), weight.shape, name), []).append(layer)
+        if weight is not None:
+            place = id(weight) if weight.is_meta else weight.data_ptr()
+            found.setdefault((place, weight.shape, name), []).append(layer)
     return [layers for layers in found.values() if len(layers) > 1]
 
 

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from lora_kit import weightless
 from lora_kit.errors import CannotMergeError, StorageError
 from lora_kit.lean.layers import SETTINGS
 from lora_kit.lean.low_rank_stack import LowRankStack
@@ -25,7 +26,7 @@ from lora_kit.types import Model
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
-_PACKED = "lora_kit_packed"
+PACKED = "lora_kit_packed"
 _GUARDS = "lora_kit_guards"
 
 
@@ -39,12 +40,12 @@ class Packed:
 
 
 def is_packed(module: Model, name: str) -> bool:
-    return name in module.__dict__.get(_PACKED, {})
+    return name in module.__dict__.get(PACKED, {})
 
 
 def packed_names(module: Model) -> list[str]:
     """The parameters of this module that are packed."""
-    return list(module.__dict__.get(_PACKED, {}))
+    return list(module.__dict__.get(PACKED, {}))
 
 
 def refuse_to_save(model: Model, *args: Any, **kwargs: Any) -> None:
@@ -57,7 +58,7 @@ def refuse_to_save(model: Model, *args: Any, **kwargs: Any) -> None:
 
 def shape_of(module: Model, name: str) -> tuple[int, ...] | None:
     """The shape of a packed stack, or None for a plain parameter."""
-    packed = module.__dict__.get(_PACKED, {}).get(name)
+    packed = module.__dict__.get(PACKED, {}).get(name)
     return packed.shape if packed is not None else None
 
 
@@ -77,6 +78,8 @@ def packed_form(weight: torch.Tensor, config: "BitsAndBytesConfig") -> tuple[nn.
     """(the parameter that holds the bytes, the scales of 8-bit rows)."""
     import bitsandbytes as bnb
 
+    if weight.is_meta:
+        return (weightless.four_bit(weight, config), None) if config.load_in_4bit else weightless.eight_bit_rows(weight)
     if config.load_in_4bit:
         made = bnb.nn.Params4bit(
             weight,
@@ -99,11 +102,11 @@ def packed_form(weight: torch.Tensor, config: "BitsAndBytesConfig") -> tuple[nn.
 
 def register(module: Model, name: str, packed: Packed, scale: torch.Tensor | None) -> None:
     """Note that a parameter is packed, and have the dense stack stand in its place while the module runs."""
-    if _PACKED not in module.__dict__:
-        module.__dict__[_PACKED] = {}
+    if PACKED not in module.__dict__:
+        module.__dict__[PACKED] = {}
         module.register_forward_pre_hook(_unpack_before)
         module.register_forward_hook(_drop_after, always_call=True)
-    module.__dict__[_PACKED][name] = packed
+    module.__dict__[PACKED][name] = packed
     if scale is not None:
         module.register_buffer(f"{name}_scale", scale, persistent=False)
 
@@ -111,7 +114,7 @@ def register(module: Model, name: str, packed: Packed, scale: torch.Tensor | Non
 def dense(module: Model, name: str) -> torch.Tensor:
     """The stack as a plain tensor, unpacked if need be; it carries no gradient."""
     weight = module._parameters[name]
-    packed = module.__dict__.get(_PACKED, {}).get(name)
+    packed = module.__dict__.get(PACKED, {}).get(name)
     if packed is None:
         return weight
     with torch.no_grad():
@@ -123,7 +126,7 @@ def dense(module: Model, name: str) -> torch.Tensor:
 
 
 def _unpack_before(module: nn.Module, inputs: tuple) -> None:
-    for name in module.__dict__[_PACKED]:
+    for name in module.__dict__[PACKED]:
         # an adapter may have put its sum there already
         if name not in module.__dict__:
             module.__dict__[name] = dense(module, name)
@@ -135,7 +138,7 @@ def _unpack_before(module: nn.Module, inputs: tuple) -> None:
 def _drop_after(module: nn.Module, inputs: tuple, output: Any) -> None:
     for guard in reversed(module.__dict__.pop(_GUARDS, [])):
         guard.__exit__(None, None, None)
-    for name in module.__dict__[_PACKED]:
+    for name in module.__dict__[PACKED]:
         module.__dict__.pop(name, None)
 
 
@@ -144,7 +147,7 @@ def shown(model: Model) -> Iterator[None]:
     """Let packed stacks look like dense ones, by shape and dtype, while PEFT measures them."""
     covered = []
     for module in model.modules():
-        for name, packed in module.__dict__.get(_PACKED, {}).items():
+        for name, packed in module.__dict__.get(PACKED, {}).items():
             device = module._parameters[name].device
             # one element seen as many: takes no memory
             module.__dict__[name] = torch.empty(1, dtype=packed.dtype, device=device).expand(packed.shape)

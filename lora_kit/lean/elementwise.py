@@ -27,7 +27,8 @@ def product(act: Elementwise, g: Tensor, u: Tensor) -> Tensor:
     """What `gated` computes, without a graph."""
     with torch.no_grad():
         h = act(g)
-        return h.mul_(u) if h.data_ptr() != g.data_ptr() and h.dtype == u.dtype else h * u
+        own = h.untyped_storage()._cdata != g.untyped_storage()._cdata
+        return h.mul_(u) if own and h.dtype == u.dtype else h * u
 
 
 class _Gated(Function):

@@ -38,8 +38,10 @@ def _compiling() -> bool:
 
 
 def _whole(weight: Any) -> bool:
-    """Whether all of a weight lies here: not sharded, not offloaded, not gathered only while its module runs."""
-    return type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and not hasattr(weight, "ds_id")
+    """Whether all of a weight lies here (or is simulated): not sharded, not offloaded, not gathered while it runs."""
+    kind = type(weight)
+    plain = kind in (nn.Parameter, Tensor) or kind.__module__ == "torch._subclasses.fake_tensor"
+    return plain and not weight.is_meta and not hasattr(weight, "ds_id")
 
 
 def _bare(module: nn.Module) -> bool:

@@ -17,6 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lora_kit.lean.device import kind_of
+
 CHUNK_BYTES = {"cpu": 24 * 2**20}
 """How much the logits of one chunk, in all their copies, may occupy at a time."""
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
@@ -74,7 +76,7 @@ def linear_cross_entropy(
         raise ValueError("reduction='none' needs a frozen head: its gradient cannot be known before the rows' weights.")
     labelled = (target != ignore_index).nonzero().squeeze(1)
     whole = labelled.numel() == target.numel()
-    budget = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
+    budget = chunk_bytes or CHUNK_BYTES.get(kind_of(hidden), CHUNK_BYTES_ELSEWHERE)
     losses = _LinearCrossEntropy.apply(
         hidden if whole else hidden.index_select(0, labelled),
         target if whole else target.index_select(0, labelled),

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kit.lean.device import kind_of
+
 
 def attend(
     inner: Callable[..., Any],
@@ -141,10 +143,10 @@ def causal(
     `two_parts`; else a mask. (batch, heads, tokens, width).
     """
     whole = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[0] == key.shape[0] and key.numel() > 0
-    if query.device.type == "cpu" and whole and not dropout:
+    if kind_of(query) == "cpu" and whole and not dropout:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return two_parts(query, key, value, prefix_key, prefix_value, scale)
-    if query.is_cuda:
+    if kind_of(query) == "cuda":
         return lower_right(query, key, value, prefix_key, prefix_value, scale=scale, dropout=dropout)
     mask = put_before(causal_mask(query.shape[2], device=query.device), prefix_key.shape[1], True)
     return _joined(query, key, value, prefix_key, prefix_value, mask, scale, dropout)
@@ -163,7 +165,8 @@ def lower_right(
     """`causal` through torch's own bias type, for which its kernels on a GPU need no mask in memory."""
     from torch.nn.attention.bias import causal_lower_right
 
-    mask = causal_lower_right(query.shape[2], prefix_key.shape[1] + key.shape[2])
+    # a step for a GPU that is simulated on a CPU: no mask is what the kernel there is given
+    mask = causal_lower_right(query.shape[2], prefix_key.shape[1] + key.shape[2]) if query.is_cuda else None
     return _joined(query, key, value, prefix_key, prefix_value, mask, scale, dropout)
 
 

@@ -37,15 +37,15 @@ def not_kept(dense: torch.Tensor, make: Callable[[], torch.Tensor], owner: objec
     Where someone else's hooks are at work (activation checkpointing, which keeps nothing inside anyway) or under
     `torch.compile` nothing is done.
     """
-    address = dense.untyped_storage().data_ptr() if dense.device.type != "meta" else 0
+    place = dense.untyped_storage()._cdata  # told apart by the storage itself: one without data has no address
     known, outside = _hooks_outside()
     foreign = not known or (outside is not None and outside[1] is not _unpack)
-    if not torch.is_grad_enabled() or not address or foreign or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or dense.is_meta or foreign or torch.compiler.is_compiling():
         yield
         return
 
     def pack(tensor: torch.Tensor) -> Any:
-        if tensor.device == dense_device and tensor.untyped_storage().data_ptr() == address:
+        if tensor.device == dense_device and tensor.untyped_storage()._cdata == place:
             offset = int(tensor.storage_offset())
             return _View(tuple(tensor.shape), tensor.stride(), offset, lambda: _one_owner(owner, name, make))
         return outside[0](tensor) if outside is not None else tensor

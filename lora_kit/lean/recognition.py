@@ -80,7 +80,7 @@ def _kind(module: nn.Module) -> tuple:
     own = sorted(vars(module).items())
     settings = tuple((key, repr(value)) for key, value in own if isinstance(value, int | float | str))
     functions = tuple((key, id(value)) for key, value in own if callable(value))
-    parts = tuple((name, type(part), _size(part)) for name, part in module.named_children())
+    parts = tuple((name, type(part), linear_size(part)) for name, part in module.named_children())
     weights = tuple((name, p.shape, p.dtype) for name, p in module._parameters.items() if p is not None)
     return type(module), settings, functions, parts, weights
 
@@ -99,7 +99,7 @@ def _asked(module: nn.Module, recognize: Callable[[Any], Any]) -> Any:
         return None
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """Some affine map of the right sizes that costs nothing: each output is one input, scaled and shifted."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -112,7 +112,7 @@ class _StandIn(nn.Module):
         return x[..., self.chosen] * self.weight + self.shift
 
 
-def _size(part: nn.Module) -> tuple[int, int] | None:
+def linear_size(part: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear map, adapted or quantized or not; None for anything else."""
     if hasattr(part, "in_features") and hasattr(part, "out_features"):
         return int(part.in_features), int(part.out_features)  # type: ignore[arg-type]  # numbers on every such class
@@ -122,19 +122,19 @@ def _size(part: nn.Module) -> tuple[int, int] | None:
 
 
 def _could_be_gated(module: nn.Module) -> bool:
-    sizes = [_size(part) for part in module.children()]
+    sizes = [linear_size(part) for part in module.children()]
     return 2 <= sum(size is not None for size in sizes) <= 3
 
 
 def _gate(module: nn.Module) -> Gate | None:
     children = dict(module.named_children())
-    sizes = {name: size for name, part in children.items() if (size := _size(part)) is not None}
+    sizes = {name: size for name, part in children.items() if (size := linear_size(part)) is not None}
     rest = {name: part for name, part in children.items() if name not in sizes}
     if any(isinstance(part, nn.Dropout) and part.p for part in rest.values()):
         return None
     acts = [name for name, part in rest.items() if not any(True for _ in part.parameters())]
     acts += [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
-    maps = {name: _StandIn(*size) for name, size in sizes.items()}
+    maps = {name: StandIn(*size) for name, size in sizes.items()}
     module._modules.update(maps)
     for candidate in _gates(sizes, acts):
         x = torch.randn(2, 3, sizes[candidate.into[0]][0])

@@ -30,7 +30,7 @@ def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     exact = x.float()
     rate = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     # a copy was made by float() unless x is float32 already
-    return (exact.mul_(rate) if exact.data_ptr() != x.data_ptr() else exact * rate), rate
+    return (exact.mul_(rate) if exact is not x else exact * rate), rate
 
 
 class _RMSNorm(Function):

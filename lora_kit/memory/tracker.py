@@ -5,7 +5,6 @@ operation is watched and each new storage counted from its birth to its death. T
 measure bytes and seconds in different steps.
 """
 
-import weakref
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,9 @@ class PeakBytes:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            self._watch = _watch(self._existing)
+            from lora_kit.memory.ledger import Ledger
+
+            self._watch = Ledger(self._existing)
             self._watch.__enter__()
         self._existing.clear()  # a reference kept here would keep freed tensors alive
         return self
@@ -67,49 +68,6 @@ class PeakBytes:
         else:
             self._watch.__exit__(kind, error, trace)
             self.peak = self._watch.peak
-
-
-def _watch(existing: "list[torch.Tensor]") -> Any:
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_iter
-
-    class Watch(TorchDispatchMode):
-        """Counts each storage once, from the first operation that returns it until it is freed."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.live = 0
-            self.peak = 0
-            self.sizes: dict[int, int] = {}
-            for tensor in existing:
-                self.add(tensor, count=True)
-
-        def add(self, tensor: object, *, count: bool) -> None:
-            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
-                return
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in self.sizes:
-                return
-            self.sizes[key] = storage.nbytes() if count else 0
-            self.live += self.sizes[key]
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.remove, key)
-
-        def remove(self, key: int) -> None:
-            self.live -= self.sizes.pop(key, 0)
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            # what comes in and is not known was alive before, and was not named as part of the step
-            for tensor in tree_iter((args, kwargs or {})):
-                self.add(tensor, count=False)
-            result = func(*args, **(kwargs or {}))
-            for tensor in tree_iter(result):
-                self.add(tensor, count=True)
-            return result
-
-    return Watch()
 
 
 def resident_tensors(model: Any, optimizer: Any = None) -> "list[torch.Tensor]":

@@ -124,7 +124,8 @@ class Prefix(Method):
         insertion.attend_in_full(model)
         found, sites = self._sites(model)
         states = None
-        if self.init == "text":
+        weightless = any(parameter.is_meta for parameter in model.parameters())
+        if self.init == "text" and not weightless:
             with quiet("bitsandbytes.autograd._functions"):
                 states = attention.states_of(model, sites, self._start_ids(model))
             if states is None:
@@ -137,12 +138,12 @@ class Prefix(Method):
         adapted, fits = insertion.wrap(model, config, sites, name, partial(wrap, exactly=True))
         starts = insertion.starts(sites)
         weight = adapted.prompt_encoder[name].embedding.weight
-        if self.init != "random":
+        if self.init != "random" and not weightless:
             weight.data.zero_()
         if states is not None:
             flat = [state.movedim(-2, 0).flatten(1) for pair in states for state in pair]
             weight.data[:, : starts[-1]] = _cat(flat).to(weight)
-        if reason is None and not (fits and insertion.agrees(adapted)):
+        if reason is None and not weightless and not (fits and insertion.agrees(adapted)):
             reason = "PEFT's cache leads to other numbers"
             insertion.flatten(adapted.peft_config[name], starts[-1])
         if self.reparametrization is not None:

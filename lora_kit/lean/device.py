@@ -1,0 +1,24 @@
+"""Which kind of device a tensor is on, or is to be thought on while a step for another device is simulated."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_planned: ContextVar[str | None] = ContextVar("planned device", default=None)
+
+
+def kind_of(tensor: Tensor) -> str:
+    """`"cpu"`, `"cuda"` and so on."""
+    return _planned.get() or tensor.device.type
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Inside, what is chosen by the kind of device is chosen for this one."""
+    token = _planned.set(kind)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
