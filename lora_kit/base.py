@@ -106,10 +106,10 @@ def examine(
             f"model is a {type(model).__name__}; accepted: a hub id, the path of a folder, or a loaded torch.nn.Module."
         )
     _check_device(device)
-    return _examine_path(str(model), task, _torch_dtype(dtype), device, dict(model_kwargs or {}))
+    return _examine_path(str(model), task, torch_dtype(dtype), device, dict(model_kwargs or {}))
 
 
-def _torch_dtype(dtype: "torch.dtype | str") -> "torch.dtype | str":
+def torch_dtype(dtype: "torch.dtype | str") -> "torch.dtype | str":
     import torch
 
     if isinstance(dtype, torch.dtype) or dtype == "auto":
@@ -205,10 +205,29 @@ def skeleton_of(config: Any, task: str, **kwargs: Any) -> Model:
     """The model that a config describes, without weights (on `meta`)."""
     import torch
 
-    chosen = _class_for(config, task)
-    build = getattr(chosen, "from_config", None) or chosen._from_config
     with torch.device("meta"):
-        return build(config, **kwargs)
+        return builder(config, task)(config, **kwargs)
+
+
+def builder(config: Any, task: str) -> Any:
+    """transformers' function that makes a model with new weights from this config."""
+    chosen = _class_for(config, task)
+    return getattr(chosen, "from_config", None) or chosen._from_config
+
+
+def task_of_config(config: Any) -> str | None:
+    """What a config's model is for: by the class that it names, else by the classes that transformers has for it."""
+    import transformers
+
+    named = task_of_class(config.architectures or [], encoder_decoder=bool(config.is_encoder_decoder))
+    if named is not None:
+        return named
+    has = {task for task, (auto, _) in TASKS.items() if type(config) in getattr(transformers, auto)._model_mapping}
+    if config.is_encoder_decoder and "seq2seq-lm" in has:
+        return "seq2seq-lm"
+    reads = type(config) in transformers.AutoModelForMaskedLM._model_mapping  # encoders have decoder classes too
+    order = ("classification", "causal-lm") if reads else ("causal-lm", "classification")
+    return next((task for task in (*order, *TASKS) if task in has), None)
 
 
 def _class_for(config: Any, task: str) -> Any:

@@ -26,14 +26,16 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Keep another package's logger from repeating itself while we call it; undone on the way out."""
-    other = logging.getLogger(name)
-    other.addFilter(_nothing)
+def quiet(*names: str) -> Iterator[None]:
+    """Keep other packages' loggers from repeating themselves while we call them; undone on the way out."""
+    others = [logging.getLogger(name) for name in names]
+    for other in others:
+        other.addFilter(_nothing)
     try:
         yield
     finally:
-        other.removeFilter(_nothing)
+        for other in others:
+            other.removeFilter(_nothing)
 
 
 def _nothing(record: logging.LogRecord) -> bool:

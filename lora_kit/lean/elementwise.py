@@ -12,10 +12,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lora_kit.lean.device import kind_of
+
 Elementwise = Callable[[Tensor], Tensor]
 
-BLOCK = 2**19
-"""Entries that the backward pass of a gate takes at a time: its scratch space, four times so many."""
+BLOCK = {"cpu": 2**19}
+"""Entries that the backward pass of a gate takes at a time: its scratch space, four times so many. A CPU's caches want
+them few; elsewhere each block is several kernels to launch."""
+BLOCK_ELSEWHERE = 2**24
 
 
 def gated(g: Tensor, u: Tensor, act: Elementwise) -> Tensor:
@@ -45,7 +49,7 @@ class _Gated(Function):
         need_g, need_u = ctx.needs_input_grad[:2]
         dg = torch.empty(dh.shape, dtype=g.dtype, device=g.device) if need_g else None
         du = torch.empty(dh.shape, dtype=u.dtype, device=u.device) if need_u else None
-        rows = max(1, BLOCK // dh.shape[-1])
+        rows = max(1, BLOCK.get(kind_of(dh), BLOCK_ELSEWHERE) // dh.shape[-1])
         g, u, dh = (t.reshape(-1, t.shape[-1]) for t in (g, u, dh))
         for start in range(0, len(dh), rows):
             part = slice(start, start + rows)

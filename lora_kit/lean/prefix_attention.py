@@ -166,7 +166,8 @@ def lower_right(
     from torch.nn.attention.bias import causal_lower_right
 
     # a step for a GPU that is simulated on a CPU: no mask is what the kernel there is given
-    mask = causal_lower_right(query.shape[2], prefix_key.shape[1] + key.shape[2]) if query.is_cuda else None
+    simulated = kind_of(query) != query.device.type
+    mask = None if simulated else causal_lower_right(query.shape[2], prefix_key.shape[1] + key.shape[2])
     return _joined(query, key, value, prefix_key, prefix_value, mask, scale, dropout)
 
 

@@ -4,13 +4,12 @@ It works on real tensors, whose bytes it counts as an allocator would, and on fa
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 Phase = tuple[Any, ...]
 Key = tuple[Phase, str, int]
@@ -66,9 +65,9 @@ class Ledger(TorchDispatchMode):
         """Most bytes alive at any moment so far."""
         return max((moment.bytes for moment in self.moments.values()), default=0)
 
-    def add(self, tensor: object, kind: str | None = None, *, count: bool = True) -> None:
+    def add(self, tensor: torch.Tensor, kind: str | None = None, *, count: bool = True) -> None:
         """Count a tensor's storage, unless it is known; with `count=False` it is known from now on, as 0 bytes."""
-        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+        if tensor.is_meta:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -86,6 +85,20 @@ class Ledger(TorchDispatchMode):
         self.live += size
         self._kinds[kind] = self._kinds.get(kind, 0) + size
         self._note(0)
+
+    def hold(self, size: int, kind: str) -> None:
+        """Count bytes that are nobody's tensor and stay."""
+        self.live += size
+        self._kinds[kind] = self._kinds.get(kind, 0) + size
+
+    def mark(self) -> None:
+        """Note what is alive now, as the beginning of the phase."""
+        self._key = self.phase, "", 0
+        self._note(0)
+
+    def start_events(self) -> None:
+        """Note from now on what is allocated and freed in `events`, what is alive first."""
+        self.events = [(number, size) for size, _, number in self._entries.values() if size]
 
     def _rename(self, key: int, kind: str) -> None:
         size, before, _ = self._entries[key]
@@ -112,8 +125,10 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # what comes in and is not known was alive before, and was not named as part of the step
-        for tensor in tree_iter((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
+        for tensor in tensors_in(args):
+            self.add(tensor, count=False)
+        if kwargs:
+            for tensor in tensors_in(kwargs.values()):
                 self.add(tensor, count=False)
         result = self.run(func, args, kwargs)
         self._operation = func._schema.name
@@ -121,9 +136,8 @@ class Ledger(TorchDispatchMode):
             run = self.phase, self._operation
             self._runs[run] = self._runs.get(run, 0) + 1
             self._key = *run, self._runs[run]
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor)
+        for tensor in tensors_in((result,)):
+            self.add(tensor)
         if self._operation in self.workspaces:
             self._note(self.workspaces[self._operation](args, kwargs))
         return result
@@ -131,3 +145,12 @@ class Ledger(TorchDispatchMode):
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operation itself."""
         return func(*args, **kwargs)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results, and in lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)

@@ -5,8 +5,9 @@ them (whether anything is padded, which rows have labels) decides as it will in 
 full: the peak of every phase grows by the same bytes with every layer more, so that two depths tell all others.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from lora_kit.lean import switch
 from lora_kit.memory import step as steps
+from lora_kit.memory.allocator import replay
 from lora_kit.memory.blueprint import Axis, Blueprint, layer_lists
-from lora_kit.memory.ledger import Key, Ledger, Moment, Phase, Workspace
+from lora_kit.memory.collector import uncollected
+from lora_kit.memory.ledger import Key, Ledger, Moment, Phase, Workspace, tensors_in
 from lora_kit.types import Model
 
 LARGEST_REAL = 64 * 2**20
@@ -32,6 +35,8 @@ class World:
 
     block: int = 1
     """Bytes that the allocator rounds up to."""
+    held: int = 0
+    """Bytes that libraries get from the allocator at the first product, and keep."""
     workspaces: Mapping[str, Workspace] = field(default_factory=dict)
     shapes: Callable[[], Any] = nullcontext
     """A context in which operations keep what they would keep there."""
@@ -46,7 +51,8 @@ class Trace:
     moments: dict[Key, Moment]
     resident: dict[str, int]
     """Between steps: kind → bytes."""
-    events: list[tuple[int, int]] | None = None
+    slack: float = 0.0
+    """What CUDA's allocator reserves beyond what is allocated at the peak, as a share of what is not resident."""
 
     @property
     def peak(self) -> tuple[Phase, Moment]:
@@ -62,37 +68,40 @@ class _Simulation(Ledger):
         self.mode = mode
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if tree_any(lambda value: isinstance(value, FakeTensor), (args, kwargs)):
+        given = [*tensors_in(args), *tensors_in(kwargs.values())]
+        if any(isinstance(tensor, FakeTensor) for tensor in given):
             if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
                 # its shape function knows bfloat16 alone, the product itself more
                 return _grouped(*args, **kwargs)
-            return func(*args, **kwargs)
-        if self._large(func, args, kwargs):
-            as_fake = tree_map_only(torch.Tensor, self._fake, (args, kwargs))
-            with self.mode:
-                return func(*as_fake[0], **as_fake[1])
+            result = func(*args, **kwargs)
+            # what was written to may come back on a fake storage of its own, which would count as another tensor
+            in_place = func._schema.name.endswith("_") and isinstance(result, torch.Tensor)
+            return args[0] if in_place else kwargs.get("out", result)
+        if not func.is_view and self._could_be_large(given, args) and self._is_large(func, args, kwargs):
+            return self._faked(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.mode.from_tensor(tensor)
+    def _faked(self, func: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(torch.Tensor, self.mode.from_tensor, (args, kwargs))
+        with self.mode:
+            return func(*args, **kwargs)
 
-    def _large(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether the result would be; asked of the shapes alone, where the arguments could make it so."""
-        numbers = [v for v in _flat((args, kwargs)) if isinstance(v, int)]
-        sizes = [v.numel() for v in _flat((args, kwargs)) if isinstance(v, torch.Tensor)]
+    def _could_be_large(self, given: list[torch.Tensor], args: Any) -> bool:
+        """Whether the result could be, by the sizes of what comes in and the sizes asked for."""
         bound = 8
-        for number in (*sizes, *(n for n in numbers if n > 1)):
-            bound *= max(number, 1)
-        if bound <= LARGEST_REAL:
-            return False
+        for tensor in given:
+            bound *= max(tensor.numel(), 1)
+        for asked in args:
+            if isinstance(asked, list | tuple) and all(isinstance(n, int) for n in asked):
+                bound *= max(math.prod(n for n in asked if n > 1), 1)
+        return bound > LARGEST_REAL
+
+    def _is_large(self, func: Any, args: Any, kwargs: Any) -> bool:
         try:
-            as_fake = tree_map_only(torch.Tensor, self._fake, (args, kwargs))
-            with self.mode:
-                result = func(*as_fake[0], **as_fake[1])
+            result = self._faked(func, args, kwargs)
         except Exception:  # an operation whose shape depends on values: it is run on them
             return False
-        made = [v for v in _flat(result) if isinstance(v, torch.Tensor)]
-        return any(v.untyped_storage().nbytes() > LARGEST_REAL for v in made)
+        return any(made.untyped_storage().nbytes() > LARGEST_REAL for made in tensors_in((result,)))
 
 
 def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
@@ -101,10 +110,6 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = Non
     if a.dim() == b.dim():
         shape = (len(offs) if a.dim() == 2 else a.shape[0], *shape)
     return a.new_empty(shape, dtype=out_dtype)
-
-
-def _flat(tree: Any) -> Iterable[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
 
 
 def make_fake(model: Model, mode: FakeTensorMode) -> None:
@@ -160,13 +165,12 @@ def simulate(
     *,
     depths: "dict[Axis, int] | None" = None,
     world: World | None = None,
-    events: bool = False,
     only_forward: bool = False,
 ) -> Trace:
     """A training step, or an evaluation, of the blueprint's model at these depths."""
     world = world or World()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), uncollected():
         warnings.simplefilter("ignore")
         model = blueprint.build(depths)
         make_fake(model, mode)
@@ -176,6 +180,7 @@ def simulate(
         world.prepare(model)
         ledger = _Simulation(mode, block=world.block, workspaces=world.workspaces, detailed=True)
         ledger.phase = ("load",)
+        ledger.hold(world.held, "libraries")
         for tensor, kind in weights_of(model):
             ledger.add(tensor, kind)
         parameters = steps.trained(model)
@@ -185,22 +190,26 @@ def simulate(
             stack.enter_context(ledger)
             if only_forward:
                 ledger.phase = ("evaluation",)
-                ledger.events = [] if events else None
                 steps.evaluate(model, batch, step)
-                return Trace(ledger.moments, {}, ledger.events)
+                return Trace(ledger.moments, {})
             optimizer = steps.OPTIMIZERS[step.optimizer](parameters)
             ledger.phase = ("start",)
             ledger.kind = "optimizer"
             steps.settle(parameters, optimizer)
             ledger.moments.clear()
-            if events:
-                ledger.events = [(entry[2], entry[0]) for entry in ledger._entries.values() if entry[0]]
+            ledger.start_events()
             resident = {kind: size for kind, size in ledger._kinds.items() if size}
             stack.enter_context(_phases(model, ledger, parameters))
-            for tensor in batch.values():
+            for tensor in tensors_in(batch.values()):
                 ledger.add(tensor, "data")
             steps.run(model, batch, optimizer, step, lambda phase: _enter(ledger, phase))
-    return Trace(ledger.moments, resident, ledger.events)
+    return Trace(ledger.moments, resident, _slack(ledger, sum(resident.values())))
+
+
+def _slack(ledger: Ledger, resident: int) -> float:
+    found = replay(ledger.events or ())
+    moving = found.peak_allocated - resident
+    return (found.peak_reserved - found.peak_allocated) / moving if moving > 0 else 0.0
 
 
 _KINDS = {"forward": "activations", "backward": "temporaries", "clip": "temporaries", "optimizer": "temporaries"}
@@ -208,6 +217,8 @@ _KINDS = {"forward": "activations", "backward": "temporaries", "clip": "temporar
 
 def _enter(ledger: Ledger, phase: str) -> None:
     ledger.phase = (phase,)
+    if phase == "log":
+        ledger.mark()
     ledger.kind = _KINDS.get(phase, "temporaries")
 
 
@@ -268,14 +279,16 @@ def at_depth(blueprint: Blueprint, axes: tuple[Axis, ...], step: steps.Step, lea
     base = {axis: axis.least for axis in axes}
     first = _matched(simulate(blueprint, step, lean, depths=base, **options))
     deeper: list[tuple[float, dict[Key, Moment]]] = []
+    slack = 0.0
     for axis in axes:
         trace = simulate(blueprint, step, lean, depths={**base, axis: axis.least + axis.period}, **options)
+        slack = trace.slack
         deeper.append(((axis.depth - axis.least) / axis.period, _matched(trace)))
     found: dict[Key, Moment] = {}
     for key, moment in first.items():
         if all(key in other for _, other in deeper):
             found[key] = _carried_on(moment, [(times, other[key]) for times, other in deeper])
-    return Trace(found, found.pop(_RESIDENT).kinds)
+    return Trace(found, found.pop(_RESIDENT).kinds, slack)
 
 
 def _carried_on(start: Moment, deeper: list[tuple[float, Moment]]) -> Moment:

@@ -1,9 +1,10 @@
 """One training step, described once: the plan simulates it, `check` and the benchmarks run it.
 
-The order is Trainer's: forward, loss, backward for each micro-batch, with the outputs alive until the loss is returned;
-then clipping, the optimizer's step, and gradients set to None.
+The order is Trainer's: forward and backward for each micro-batch, then clipping, the optimizer's step, and gradients
+set to None.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,8 +25,6 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], Any]] = {
 }
 """Name → optimizer over these parameters. `adamw` is what `finetune` and Trainer use: torch's, fused."""
 
-PHASES = ("data", "forward", "head", "backward", "clip", "optimizer", "between")
-
 
 @dataclass(frozen=True)
 class Step:
@@ -43,8 +42,10 @@ class Step:
     """Largest norm of the gradient; None: no clipping."""
     accumulation: int = 1
     """Micro-batches whose gradients are added up before the optimizer's step."""
-    keep_outputs: bool = True
-    """Whether the model's outputs live on while the backward pass runs, as in Trainer."""
+    keep_outputs: bool = False
+    """Whether the model's outputs live until the step's end, as in a loop that holds them; Trainer lets go of them."""
+    use_cache: bool = False
+    """Whether the model keeps keys and values, which is transformers' default outside of Trainer."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seq_len", "accumulation"):
@@ -58,7 +59,7 @@ class Step:
             )
 
 
-def batch_of(model: Model, task: str, step: Step) -> dict[str, torch.Tensor]:
+def batch_of(model: Model, task: str, step: Step) -> dict[str, Any]:
     """A micro-batch of the right shapes: rows full of tokens, all of them labelled; a short first row if padded."""
     config: Any = model.config
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 100
@@ -66,7 +67,10 @@ def batch_of(model: Model, task: str, step: Step) -> dict[str, torch.Tensor]:
     special = {v for k, v in vars(config).items() if k.endswith("_token_id") and isinstance(v, int)}
     plain = next((i for i in range(vocabulary - 1, 0, -1) if i not in special), 0)
     ids = torch.full(shape, plain)
-    batch = {"input_ids": ids}
+    batch: dict[str, Any] = {"input_ids": ids}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "use_cache" in inspect.signature(inner.forward).parameters:
+        batch["use_cache"] = step.use_cache
     if step.padding:
         mask = torch.ones_like(ids)
         mask[0, step.seq_len - max(1, step.seq_len // 8) :] = 0
@@ -89,7 +93,7 @@ def trained(model: Model) -> list[Any]:
 
 def run(
     model: Model,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Any],
     optimizer: Any,
     step: Step,
     note: Callable[[str], None] = lambda phase: None,
@@ -104,17 +108,18 @@ def run(
             del output
         note("backward")
         loss.backward()
-        output = loss = None
     note("clip")
     if step.clip is not None:
         torch.nn.utils.clip_grad_norm_(trained(model), step.clip)
     note("optimizer")
     optimizer.step()
+    note("log")
     optimizer.zero_grad()
+    output = loss = None
     note("between")
 
 
-def evaluate(model: Model, batch: dict[str, torch.Tensor], step: Step) -> None:
+def evaluate(model: Model, batch: dict[str, Any], step: Step) -> None:
     """A forward without gradients in evaluation mode, which gives whole logits."""
     model.eval()
     try:
@@ -138,7 +143,7 @@ def settle(parameters: Iterable[Any], optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-def _autocast(batch: dict[str, torch.Tensor], step: Step) -> Any:
+def _autocast(batch: dict[str, Any], step: Step) -> Any:
     if step.autocast is None:
         return nullcontext()
     return torch.autocast(batch["input_ids"].device.type, dtype=step.autocast)
