@@ -12,7 +12,6 @@
 """
 
 import argparse
-import copy
 import csv
 import gc
 import json
@@ -101,42 +100,18 @@ def planned(family: str, cell: Any, rows: int, tokens: int) -> Any:
 
 def measured(plan: Any, device: str = "cpu") -> int:
     """Peak bytes of a real step after one that is not counted; on the CPU by the profiler's allocator events."""
-    from lora_kit import adapt, base
     from lora_kit.memory import step as steps
-    from lora_kit.memory.blueprint import checkpoint
+    from lora_kit.memory.check import check, ready
 
-    blueprint, step = plan._blueprint, plan._step
-    bits = None if plan.settings["quantization"] == "16bit" else plan.settings["quantization"]
     gc.collect()
-
-    def ready() -> Any:
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = base.builder(blueprint.config, blueprint.task)(copy.deepcopy(blueprint.config), dtype=blueprint.dtype)
-        if blueprint.checkpointing:
-            checkpoint(model)
-        model = adapt(model, blueprint.method, quantization=bits, lean=plan.settings["lean"])
-        if blueprint.checkpointing and blueprint.method.word != "full":
-            model.enable_input_require_grads()
-        optimizer = steps.OPTIMIZERS[step.optimizer](steps.trained(model))
-        batch = steps.batch_of(model, blueprint.task, step)
-        batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        steps.settle(steps.trained(model), optimizer)
-        steps.run(model, batch, optimizer, step)
-        gc.collect()
-        return model, batch, optimizer, step
-
     if device == "cuda":
-        found = ready()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        steps.run(*found)
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated())
+        return int(check(plan).measured)
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as seen:
-        found = ready()
+        found = ready(plan)
+        steps.run(*found)
+        gc.collect()
         gc.disable()
         with record_function("the step"):
             steps.run(*found)
@@ -316,13 +291,16 @@ def cost() -> list[dict[str, Any]]:
             "'prefix', seq_len=4096",
         ):
             code = (
-                "import time; t = time.perf_counter(); import lora_kit, resource; from transformers import LlamaConfig; "
+                "import time; t = time.perf_counter(); import lora_kit, resource; "
+                "from transformers import LlamaConfig; "
                 f"lora_kit.plan(LlamaConfig(**{config!r}), {arguments}, dtype='bfloat16'); "
                 "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
             )
             runs = []
             for _ in range(3):
-                run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+                run = subprocess.run(
+                    [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+                )
                 runs.append([float(word) for word in run.stdout.split()[-2:]])
             seconds = sorted(run[0] for run in runs)
             row = {"plan": f"{name} {arguments}", "seconds": round(seconds[1], 2), "least": round(seconds[0], 2),
@@ -376,8 +354,9 @@ def report(found: dict[str, list[dict[str, Any]]], about: str) -> str:
             lines += [f"## {part}", ""]
         keys = list(rows[0])
         lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-        lines += ["| " + " | ".join(f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in keys) + " |"
-                  for row in rows]  # fmt: skip
+        for row in rows:
+            words = [f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()]
+            lines.append("| " + " | ".join(words) + " |")
         lines.append("")
     return "\n".join(lines) + f"{about}\n"
 

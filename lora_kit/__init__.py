@@ -36,6 +36,7 @@ _HOMES = {
     "Full": "lora_kit.methods",
     "METHODS": "lora_kit.methods",
     "plan": "lora_kit.memory.plan",
+    "choose": "lora_kit.memory.auto",
     "MemoryPlan": "lora_kit.memory.plan",
     "save": "lora_kit.storage.save",
     "load": "lora_kit.storage.load",

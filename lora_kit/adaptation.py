@@ -5,11 +5,12 @@ model in a class of its own: what comes back is PEFT's `PeftModel`, or for full 
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_kit import base
 from lora_kit import quantization as bits
-from lora_kit.errors import UnsupportedError, listing
+from lora_kit.errors import OptionError, UnsupportedError, listing
 from lora_kit.messages import say
 from lora_kit.methods import Method, resolve, word_of
 from lora_kit.types import Model
@@ -61,6 +62,7 @@ def adapt(
     lean: bool | str = True,
     name: str = "default",
     model_kwargs: dict[str, Any] | None = None,
+    memory: str | int | None = None,
     **options: Any,
 ) -> "AdaptedModel":
     """Make a model ready to train by LoRA, prefix tuning or full fine-tuning. A loaded model is changed in place.
@@ -70,7 +72,8 @@ def adapt(
 
     Args:
         model: hub id, path of a folder, or a loaded `torch.nn.Module`.
-        method: `"lora"`, `"prefix"`, `"full"`, an option object such as `LoRA(rank=32)`, or any `peft.PeftConfig`.
+        method: `"lora"`, `"prefix"`, `"full"`, an option object such as `LoRA(rank=32)`, or any `peft.PeftConfig`. Or
+            `"auto"`: LoRA on the best base that `memory` has room for, with what else that takes; the line says why.
         quantization: None, `"8bit"`, `"4bit"` (NF4, double quantization, bfloat16 compute) or a `BitsAndBytesConfig`.
             Works while loading and, layer by layer, on a model in memory, with the same quantized weights. Embeddings,
             output head, task heads, routers and maps too small to gain stay as they are; the line says what and why.
@@ -83,7 +86,9 @@ def adapt(
             for PEFT's and transformers' own; `"low-memory"` to keep still less and compute the MLPs twice.
         name: name of the adapter.
         model_kwargs: passed on to `from_pretrained`, such as `{"num_labels": 3}`. Only for an id or a path.
-        options: fields of the method's option class, such as `rank=32`.
+        memory: for `"auto"`: the card's name, its size such as `"12GB"`, or bytes.
+        options: fields of the method's option class, such as `rank=32`; for `"auto"` the run's `seq_len` (1024) and
+            `batch_size` (1).
 
     Returns:
         PEFT's `PeftModel`, or for `"full"` the model itself, in training mode and with the right parameters trainable.
@@ -105,6 +110,24 @@ def adapt(
     """
     from lora_kit.lean import switch
 
+    checkpointing = False
+    if method == "auto":
+        quantization, lean, checkpointing = _chosen_for(
+            memory,
+            model,
+            quantization,
+            lean,
+            task=task,
+            dtype=dtype,
+            device=device,
+            model_kwargs=model_kwargs,
+            **options,
+        )
+        method, options = "lora", {}
+    elif memory is not None:
+        raise OptionError(
+            f"memory={memory!r} is for method='auto'; plan(model, {method!r}).fits(memory) tells for others."
+        )
     chosen = resolve(method, options)
     switch.check(lean)
     quantized = resolve_quantization(quantization, chosen)
@@ -140,9 +163,35 @@ def adapt(
     )
     attached.model.lora_kit_record = record
     attached.model.train()
+    if checkpointing:
+        base.checkpoint(loaded)
+        attached.model.enable_input_require_grads()
     switch.enable(attached.model, lean)
     say(report(attached.model, chosen, attached.coverage, record, staying.left_out() if staying else ""))
     return attached.model
+
+
+def _chosen_for(
+    memory: Any, model: Any, quantization: Any, lean: Any, *, device: Any, **rest: Any
+) -> tuple[Any, bool | str, bool]:
+    """(quantization, lean, checkpointing) for `"auto"`."""
+    # by its public name: planning stands above adapting, and only this word asks for it
+    import lora_kit
+
+    if quantization is not None or lean is not True:
+        raise OptionError("method 'auto' chooses quantization and lean itself; leave them out, or name a method.")
+    loaded = not isinstance(model, str | Path)
+    if loaded:
+        rest["dtype"] = main_dtype(model)
+    found = lora_kit.choose(
+        model,
+        memory,
+        device="cpu" if device == "cpu" else "cuda",
+        quantized=loaded and bits.of(model) is not None,
+        **rest,
+    )
+    say(found.why)
+    return found.quantization, found.lean, found.gradient_checkpointing
 
 
 def resolve_quantization(word: Any, method: Method) -> Any:

@@ -172,9 +172,16 @@ def _examine_path(
     from_config = {
         k: v for k, v in model_kwargs.items() if k in ("revision", "subfolder", "token", "trust_remote_code")
     }
+    # left open, transformers would ask at the terminal whether to run code that came with the model
+    from_config.setdefault("trust_remote_code", False)
     try:
         config = transformers.AutoConfig.from_pretrained(path, **from_config)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise OptionError(
+                f"{path} comes with code of its own, which is not run unasked. If you trust it: "
+                "model_kwargs={'trust_remote_code': True}."
+            ) from None
         raise OptionError(f"no model found for {path!r}: {str(error).splitlines()[0]}") from None
     except Exception as error:  # what transformers' configs raise when they check themselves is of no common kind
         raise OptionError(
@@ -316,6 +323,16 @@ def heads_of(model: Model, missing: list[str] | None = None) -> list[str]:
     # PEFT finds what is trained whole by the end of its path: a namesake deep inside comes along
     namesakes = [path for path, _ in model.named_modules() if path.endswith(tuple(heads)) and not within(path, heads)]
     return heads + [path for path in namesakes if not within(path, [p for p in namesakes if p != path])]
+
+
+def checkpoint(model: Model) -> None:
+    """Switch gradient checkpointing on, as Trainer does."""
+    # the name since transformers 5.23, which warns of the older one
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        switch({"use_reentrant": False})
+    except TypeError:
+        switch(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def head_for(labels: Sequence[str]) -> dict[str, Any]:

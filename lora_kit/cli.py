@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 from lora_kit import __version__, compare, finetune, merge
 from lora_kit.errors import LoraKitError, OptionError
+from lora_kit.memory.menu import menu
 
-VERBS: dict[str, Callable[..., Any]] = {"compare": compare, "finetune": finetune, "merge": merge}
+VERBS: dict[str, Callable[..., Any]] = {"compare": compare, "finetune": finetune, "merge": merge, "plan": menu}
 
 # Arguments that take objects, which no command line can spell
 _PROGRAM_ONLY = ("callbacks", "tokenizer", "training_arguments", "model_kwargs")
@@ -93,6 +94,8 @@ def _command_line_type(parameter: inspect.Parameter) -> tuple[Any, Callable[[Any
         return str | None, _options
     if isinstance(parameter.default, tuple):
         return str, lambda text: tuple(part.strip() for part in text.split(",") if part.strip())
+    if parameter.annotation is bool:
+        return bool, _same
     annotation = str(parameter.annotation)
     for word, kind in (("int", int), ("float", float)):
         if parameter.annotation is kind:

@@ -28,7 +28,7 @@ def say(line: str) -> None:
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
     """Keep other packages' loggers from repeating themselves while we call them; undone on the way out."""
-    others = [logging.getLogger(name) for name in names]
+    others = [other for name in names if _nothing not in (other := logging.getLogger(name)).filters]
     for other in others:
         other.addFilter(_nothing)
     try:

@@ -5,6 +5,7 @@ It goes through the functions that `adapt` goes through (`base.skeleton_of`, `qu
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,19 +49,9 @@ class Blueprint:
         if self.bits is not None:
             quantization.quantize_(model, copy.deepcopy(self.bits), heads)
         if self.checkpointing:
-            checkpoint(model)
+            base.checkpoint(model)
         self.method.check(model, heads)
         return self.method.attach(model, heads, "default").model.train()
-
-
-def checkpoint(model: Model) -> None:
-    """Switch gradient checkpointing on, as Trainer does."""
-    # the name since transformers 5.23, which warns of the older one
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        switch({"use_reentrant": False})
-    except TypeError:
-        switch(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _keep_in_float32(model: Model, dtype: torch.dtype) -> None:
@@ -113,13 +104,20 @@ def layer_lists(model: Model) -> dict[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside and any(True for _ in module.parameters()):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) > 1
+            and not inside
+            and any(True for _ in module.parameters())
+        ):
             found[path] = module
     return found
 
 
-def axes_of(blueprint: Blueprint) -> tuple[Axis, ...] | None:
-    """Along which numbers of layers the model may be shortened; None where that cannot be told."""
+def axes_of(blueprint: Blueprint) -> tuple[Axis, ...]:
+    """Along which numbers of layers the model may be shortened, with the same adapters on every layer of a kind."""
+    if _names_layers(blueprint.method):
+        return ()
     whole = blueprint.skeleton()
     lists = layer_lists(whole)
     kinds = {path: [_kind(layer) for layer in layers] for path, layers in lists.items()}
@@ -147,6 +145,16 @@ def axes_of(blueprint: Blueprint) -> tuple[Axis, ...] | None:
     return tuple(found)
 
 
+def _names_layers(method: Method) -> bool:
+    """Whether a method's options speak of single layers, by a number or a pattern."""
+    config = getattr(method, "config", None)
+    asked = [getattr(method, "target_modules", None), getattr(config, "target_modules", None)]
+    if any(getattr(config, name, None) for name in ("layers_to_transform", "rank_pattern", "alpha_pattern")):
+        return True
+    named = [one for one in asked if one and one != "all-linear"]
+    return any(isinstance(one, str) or any(re.search(r"\d", str(name)) for name in one) for one in named)
+
+
 def _same_start(blueprint: Blueprint, axis: Axis, kinds: dict[str, list[Any]]) -> bool:
     """Whether a shorter model has the first layers of the whole one."""
     for depth in (axis.least, axis.least + axis.period):
@@ -171,7 +179,9 @@ def _kind(layer: nn.Module) -> tuple:
         settings = tuple(
             (key, value)
             for key, value in sorted(vars(module).items())
-            if isinstance(value, int | float | str) and not key.startswith("_") and not key.endswith(("idx", "index", "id"))
+            if isinstance(value, int | float | str)
+            and not key.startswith("_")
+            and not key.endswith(("idx", "index", "id"))
         )
         weights = tuple((name, p.shape, p.dtype) for name, p in module._parameters.items() if p is not None)
         found.append((path, type(module), settings, weights))

@@ -2,8 +2,8 @@
 
 Fake tensors live on the CPU, because torch without CUDA cannot have others. Three things differ there: attention (flash
 kernels without a mask in 16 bit, memory-efficient ones else), dropout (a mask of bytes, not of floats), and 8-bit
-products (integers all through). Kernels also take memory that torch's operations do not show; `WORKSPACES` holds what is
-known of it. None of these constants was fitted to a model.
+products (integers all through). Kernels also take memory that torch's operations do not show; `WORKSPACES` holds what
+is known of it. There are constants here, none of them a model's.
 """
 
 import math
@@ -48,7 +48,9 @@ class Shapes(TorchFunctionMode):
         """`loss.backward()` with this mode on, for layers that are run again; torch's own would take it away."""
         engine: Any = torch.autograd.Variable._execution_engine
         with self:
-            engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            engine.run_backward(
+                (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
 
 
 def attention(

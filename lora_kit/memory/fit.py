@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from lora_kit.errors import OptionError, UnsupportedError, listing, nearest
+from lora_kit.errors import OptionError, listing, nearest
 from lora_kit.memory.cards import size_of
 from lora_kit.memory.plan import MemoryPlan, made, size
 
@@ -27,12 +27,13 @@ class Fit:
     """Of the run with that value."""
     limit: str = "the card"
     """What ends it: the card, or the model's positions."""
-    options: "tuple[tuple[str, int], ...]" = field(default=())
 
     def __str__(self) -> str:
         if self.plan is None:
             return f"no {self.name} fits {size(self.card)}"
-        return f"{self.name} up to {self.largest:,} on {size(self.card)} ({self.limit}); {size(self.plan.needed)} needed"
+        return (
+            f"{self.name} up to {self.largest:,} on {size(self.card)} ({self.limit}); {size(self.plan.needed)} needed"
+        )
 
 
 def fit(plan: MemoryPlan, card: str | int, largest: str = "seq_len", *, step: int | None = None) -> Fit:
@@ -110,9 +111,7 @@ def _changed(plan: MemoryPlan, name: str, value: int) -> MemoryPlan:
         blueprint = dataclasses.replace(blueprint, method=method)
         settings["size"] = method.size
     else:
-        step = dataclasses.replace(step, **{name: value})
+        changed: dict[str, Any] = {name: value}
+        step = dataclasses.replace(step, **changed)
         settings[name] = value
     return made(blueprint, plan._axes, step, settings)
-
-
-__all__ = ["Fit", "fit", "UnsupportedError"]

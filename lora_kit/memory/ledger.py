@@ -66,16 +66,19 @@ class Ledger(TorchDispatchMode):
         return max((moment.bytes for moment in self.moments.values()), default=0)
 
     def add(self, tensor: torch.Tensor, kind: str | None = None, *, count: bool = True) -> None:
-        """Count a tensor's storage, unless it is known; with `count=False` it is known from now on, as 0 bytes."""
+        """Count a tensor's storage, unless it is known; with `count=False` it is known from now on, as 0 bytes.
+
+        With a `kind` a known one is renamed, and counted if it was not.
+        """
         if tensor.is_meta:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._entries:
             if kind is not None:
-                self._rename(key, kind)
+                self._rename(key, kind, storage.nbytes())
             return
-        size = -(-storage.nbytes() // self.block) * self.block if count else 0
+        size = self._rounded(storage.nbytes()) if count else 0
         kind = kind or self.kind
         self._count += 1
         self._entries[key] = [size, kind, self._count]
@@ -85,6 +88,9 @@ class Ledger(TorchDispatchMode):
         self.live += size
         self._kinds[kind] = self._kinds.get(kind, 0) + size
         self._note(0)
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self.block) * self.block
 
     def hold(self, size: int, kind: str) -> None:
         """Count bytes that are nobody's tensor and stay."""
@@ -100,11 +106,13 @@ class Ledger(TorchDispatchMode):
         """Note from now on what is allocated and freed in `events`, what is alive first."""
         self.events = [(number, size) for size, _, number in self._entries.values() if size]
 
-    def _rename(self, key: int, kind: str) -> None:
-        size, before, _ = self._entries[key]
-        self._kinds[before] -= size
+    def _rename(self, key: int, kind: str, actual: int) -> None:
+        counted, before, number = self._entries[key]
+        size = counted or self._rounded(actual)
+        self.live += size - counted
+        self._kinds[before] -= counted
         self._kinds[kind] = self._kinds.get(kind, 0) + size
-        self._entries[key][1] = kind
+        self._entries[key] = [size, kind, number]
 
     def _remove(self, key: int) -> None:
         size, kind, number = self._entries.pop(key, (0, self.kind, 0))

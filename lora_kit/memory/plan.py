@@ -10,10 +10,9 @@ from lora_kit import base
 from lora_kit import quantization as bits
 from lora_kit.adaptation import resolve_quantization
 from lora_kit.errors import LoraKitError, OptionError, UnsupportedError, listing, nearest
-from lora_kit.messages import quiet
 from lora_kit.memory.collector import uncollected
+from lora_kit.messages import quiet
 from lora_kit.methods import Method, resolve
-from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
@@ -148,8 +147,8 @@ def plan(
 ) -> MemoryPlan:
     """Predict the memory of a training step from the model's config alone: nothing is downloaded but that.
 
-    The installed code of torch, transformers, PEFT and bitsandbytes runs one step on tensors without memory, through the
-    functions that `adapt` goes through. On the CPU the result is the bytes of all live tensors; for CUDA it is what
+    The installed code of torch, transformers, PEFT and bitsandbytes runs one step on tensors without memory, through
+    the functions that `adapt` goes through. On the CPU the result is the bytes of all live tensors; for CUDA it is what
     torch's allocator would count, as far as that can be known without one (see the README for what was measured).
 
     Args:
@@ -223,18 +222,21 @@ def _plan(
     switch.check(lean)
     quantized = resolve_quantization(quantization, chosen)
     if device not in ("cuda", "cpu"):
-        raise OptionError(f"plan: unknown device {device!r}; accepted: cuda, cpu.{nearest(str(device), ('cuda', 'cpu'))}")
-    cast = None if autocast is None else base.torch_dtype(autocast)
+        raise OptionError(
+            f"plan: unknown device {device!r}; accepted: cuda, cpu.{nearest(str(device), ('cuda', 'cpu'))}"
+        )
+    cast: Any = None if autocast is None else base.torch_dtype(autocast)
     step = Step(batch_size, seq_len, padding, optimizer, cast, clip, accumulation, keep_outputs, use_cache)
     if "8bit" in optimizer and importlib.util.find_spec("bitsandbytes") is None:
         raise OptionError(f"plan: optimizer={optimizer!r} needs bitsandbytes: pip install bitsandbytes")
     name, config, task = _described(model, task, model_kwargs)
     _check_length(config, seq_len, task)
-    given = base.torch_dtype(dtype)
-    weights = (getattr(config, "dtype", None) or base.torch_dtype("float32")) if given == "auto" else given
+    weights: Any = base.torch_dtype(dtype)
+    if weights == "auto":
+        weights = base.torch_dtype(getattr(config, "dtype", None) or "float32")
     trusted = {k: v for k, v in (model_kwargs or {}).items() if k == "trust_remote_code"}
     blueprint = Blueprint(
-        config, task, base.torch_dtype(weights), chosen, quantized, bool(gradient_checkpointing), tuple(trusted.items())
+        config, task, weights, chosen, quantized, bool(gradient_checkpointing), tuple(trusted.items())
     )
     skeleton = blueprint.skeleton()
     bits.check(skeleton, quantized)
@@ -273,7 +275,7 @@ def made(blueprint: "Blueprint", axes: "tuple[Axis, ...]", step: "Step", setting
     except Exception as error:
         raise UnsupportedError(
             f"a step of {settings['model']} could not be simulated: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}. It may look at values that only a real run has; measure one instead: "
+            f"{' '.join(str(error).split())[:300]}. It may look at values that only a real run has; measure one: "
             "adapt(...) and torch.cuda.max_memory_allocated()."
         ) from error
     phase, moment = trace.peak
@@ -318,13 +320,16 @@ def _described(model: Any, task: str | None, model_kwargs: dict[str, Any] | None
     if isinstance(model, PretrainedConfig):
         found = task or base.task_of_config(model)
         if found not in base.TASKS:
-            raise OptionError(f"unknown task {found!r} for this {type(model).__name__}; accepted: {listing(base.TASKS)}.")
+            raise OptionError(
+                f"unknown task {found!r} for this {type(model).__name__}; accepted: {listing(base.TASKS)}."
+            )
         return model.name_or_path or type(model).__name__, model, found
     if isinstance(model, nn.Module):
         source = base.examine(model, task=task, dtype="auto", device=None, model_kwargs=model_kwargs)
         if source.task is None or not hasattr(model, "config"):
             raise UnsupportedError(f"plan needs a model of transformers; {type(model).__name__} is none.")
-        return model.config.name_or_path or type(model).__name__, model.config, source.task
+        inner: Any = model.config
+        return inner.name_or_path or type(model).__name__, inner, source.task
     source = base.examine(model, task=task, dtype="auto", device=None, model_kwargs=model_kwargs)
     return str(model), source.config, str(source.task)
 
@@ -336,7 +341,9 @@ def _check_length(config: Any, seq_len: int, task: str) -> None:
     relative = getattr(inner, "model_type", "") in ("t5", "mt5", "umt5")
     if isinstance(most, int) and seq_len > most and not relative:
         more = " or raise it in the config (rope scaling)" if rotary else ""
-        raise OptionError(f"plan: seq_len={seq_len} is longer than the model's {most} positions; use at most {most}{more}.")
+        raise OptionError(
+            f"plan: seq_len={seq_len} is longer than the model's {most} positions; use at most {most}{more}."
+        )
 
 
 def _loading(blueprint: "Blueprint", weights: int) -> int:
@@ -348,7 +355,14 @@ def _loading(blueprint: "Blueprint", weights: int) -> int:
     return weights + max(p.weight.numel() * p.weight.element_size() for p in (*chosen.linear, *chosen.stacks))
 
 
-_SPOKEN = {"log": "before gradients are freed", "forward": "forward", "head": "the loss", "backward": "backward", "clip": "clipping", "optimizer": "optimizer"}
+_SPOKEN = {
+    "log": "before gradients are freed",
+    "forward": "forward",
+    "head": "the loss",
+    "backward": "backward",
+    "clip": "clipping",
+    "optimizer": "optimizer",
+}
 
 
 def _by_phase(moments: "dict[Any, Moment]") -> dict[str, int]:

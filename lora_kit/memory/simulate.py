@@ -104,7 +104,9 @@ class _Simulation(Ledger):
         return any(made.untyped_storage().nbytes() > LARGEST_REAL for made in tensors_in((result,)))
 
 
-def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+def _grouped(
+    a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> torch.Tensor:
     """The shape of a product by groups: one matrix a group, rows in groups, columns in groups, or both."""
     shape: tuple[int, ...] = (a.shape[-2], b.shape[-1])
     if a.dim() == b.dim():
@@ -170,7 +172,7 @@ def simulate(
     """A training step, or an evaluation, of the blueprint's model at these depths."""
     world = world or World()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings(), uncollected():
+    with warnings.catch_warnings(), uncollected(), torch.random.fork_rng([]):
         warnings.simplefilter("ignore")
         model = blueprint.build(depths)
         make_fake(model, mode)
@@ -196,6 +198,9 @@ def simulate(
             ledger.phase = ("start",)
             ledger.kind = "optimizer"
             steps.settle(parameters, optimizer)
+            for state in optimizer.state.values():
+                for tensor in tensors_in(state.values()):
+                    ledger.add(tensor, "optimizer")
             ledger.moments.clear()
             ledger.start_events()
             resident = {kind: size for kind, size in ledger._kinds.items() if size}
