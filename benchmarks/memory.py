@@ -8,6 +8,7 @@
 * depth: the plan, carried on from two shallow simulations, against the simulation of every layer.
 * outside: figures that others measured on GPUs and published (`outside.json` says who and where).
 * cost: seconds and resident memory of one `plan(...)` in a fresh process, import included.
+* architectures: every architecture that can be built tiny, LoRA, live bytes.
 * cuda (`--device cuda`): cells of Llama shapes, `max_memory_allocated` against the plan.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import csv
 import gc
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -340,25 +342,90 @@ def cuda() -> list[dict[str, Any]]:
     return found
 
 
-PARTS = {"cells": lambda: cells(list(configs())), "depth": depth, "steady": steady, "longest": longest, "cost": cost}
+def architectures() -> list[dict[str, Any]]:
+    """Tiny models of every architecture in transformers' tables: the plan against the live bytes of a LoRA step."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import architectures as tiny
+
+    found = []
+    for task in ("causal-lm", "seq2seq-lm", "classification"):
+        for name in tiny.architectures(task):
+            row: dict[str, Any] = {
+                "architecture": name,
+                "task": task,
+                "measured": "",
+                "planned": "",
+                "error_percent": "",
+            }
+            row["why_not"] = ""
+            found.append(row)
+            signal.alarm(120)
+            try:
+                _one_architecture(row, tiny.recipe(name, task).config, task)
+            except Exception as error:  # whatever it is, it is the row's
+                row["why_not"] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            finally:
+                signal.alarm(0)
+            gc.collect()
+            print(row, flush=True)
+    return found
 
 
-def report(found: dict[str, list[dict[str, Any]]], about: str) -> str:
+def _one_architecture(row: dict[str, Any], config: Any, task: str) -> None:
+    import dataclasses
+
+    from lora_kit.memory.check import check
+    from lora_kit.memory.plan import plan
+    from lora_kit.memory.simulate import World, at_depth
+
+    made = plan(config, "lora", task=task, rank=4, seq_len=16, batch_size=2, device="cpu", dtype="float32")
+    # what operations take while they run is no tensor, and live bytes are what is measured here
+    trace = at_depth(made._blueprint, made._axes, made._step, True, world=World())
+    row["planned"] = trace.peak[1].bytes
+    row["measured"] = check(dataclasses.replace(made, peak=row["planned"])).measured
+    row["error_percent"] = round(100 * (row["planned"] / row["measured"] - 1), 4)
+
+
+PARTS = {
+    "cells": lambda: cells(list(configs())),
+    "depth": depth,
+    "steady": steady,
+    "longest": longest,
+    "cost": cost,
+    "architectures": architectures,
+    "cuda": cuda,
+}
+
+
+def report(folder: Path) -> str:
+    """All parts that were run, each with where it comes from."""
     lines = ["# Plans against what is measured", ""]
-    for part, rows in found.items():
-        errors = [abs(row["error_percent"]) for row in rows if "error_percent" in row and not row.get("fitted")]
+    for part in PARTS:
+        file = folder / f"{part}.csv"
+        if not file.exists():
+            continue
+        with file.open(newline="") as rows_of:
+            rows = list(csv.DictReader(rows_of))
+        errors = [
+            abs(float(row["error_percent"])) for row in rows if row.get("error_percent") and row.get("fitted") != "True"
+        ]
+        lines.append(f"## {part}")
         if errors:
-            lines += [f"## {part}: median error {statistics.median(errors):.4f} %, worst {max(errors):.4f} %, "
-                      f"{len(errors)} rows", ""]  # fmt: skip
-        else:
-            lines += [f"## {part}", ""]
-        keys = list(rows[0])
-        lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-        for row in rows:
-            words = [f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()]
-            lines.append("| " + " | ".join(words) + " |")
+            middle, worst = statistics.median(errors), max(errors)
+            lines.append(f"\nMedian error {middle:.4f} %, worst {worst:.4f} %, {len(errors)} rows.")
+        lines += ["", (folder / f"{part}.txt").read_text().strip(), ""]
+        if part == "architectures":
+            rows = [row for row in rows if not row["error_percent"] or abs(float(row["error_percent"])) > 0]
+            lines += ["Rows with an error, or without a plan; the others are in architectures.csv:", ""]
+        if rows:
+            lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+        lines += ["| " + " | ".join(_readable(value) for value in row.values()) + " |" for row in rows]
         lines.append("")
-    return "\n".join(lines) + f"{about}\n"
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _readable(value: str) -> str:
+    return f"{int(value):,}" if value.isdigit() else value.replace("|", "/")
 
 
 def main() -> None:
@@ -371,23 +438,17 @@ def main() -> None:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     facts = provenance.facts(options.device)
-    parts = {"cuda": cuda} if options.device == "cuda" else PARTS
-    wanted = options.only.split(",") if options.only else list(parts)
-    found = {}
-    for part in parts:
-        file = folder / f"{part}.csv"
-        if part in wanted:
-            started = time.perf_counter()
-            rows = parts[part]()
-            with file.open("w", newline="") as out:
-                writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
-            found[part] = rows
-    (folder / ("report.md" if not options.only else f"report_{options.only.replace(',', '_')}.md")).write_text(
-        report(found, provenance.sentence(facts))
-    )
+    wanted = options.only.split(",") if options.only else [part for part in PARTS if part != "cuda"]
+    for part in ["cuda"] if options.device == "cuda" else wanted:
+        started = time.perf_counter()
+        rows = PARTS[part]()
+        with (folder / f"{part}.csv").open("w", newline="") as out:
+            writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        (folder / f"{part}.txt").write_text(provenance.sentence(facts) + "\n")
+        print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
+    (folder / "report.md").write_text(report(folder))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ It goes through the functions that `adapt` goes through (`base.skeleton_of`, `qu
 """
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,8 +51,11 @@ class Blueprint:
             quantization.quantize_(model, copy.deepcopy(self.bits), heads)
         if self.checkpointing:
             base.checkpoint(model)
-        self.method.check(model, heads)
-        return self.method.attach(model, heads, "default").model.train()
+        method: Any = self.method
+        if getattr(method, "pissa", False):
+            method = dataclasses.replace(method, pissa=False)  # other values, from a decomposition; the same sizes
+        method.check(model, heads)
+        return method.attach(model, heads, "default").model.train()
 
 
 def _keep_in_float32(model: Model, dtype: torch.dtype) -> None:

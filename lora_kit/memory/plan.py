@@ -1,5 +1,6 @@
 """`plan`: the memory of a training run before a single weight is downloaded."""
 
+import copy
 import functools
 import importlib.util
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class MemoryPlan:
 
     @functools.cached_property
     def evaluation(self) -> int:
-        """Peak bytes of evaluating the same batch: no gradients, but whole logits."""
+        """Peak bytes of evaluating the same batch between two steps: no gradients, but whole logits."""
         from lora_kit.memory.simulate import at_depth
 
         with quiet("bitsandbytes.autograd._functions"):
@@ -69,7 +70,7 @@ class MemoryPlan:
                 self._blueprint, self._axes, self._step, self.settings["lean"],
                 world=_world(self.settings["device"]), only_forward=True,
             )  # fmt: skip
-        return trace.peak[1].bytes
+        return trace.peak[1].bytes + self.breakdown.get("optimizer", 0)
 
     def fits(self, card: str | int) -> bool:
         """Whether a card, by name (`"RTX 4090"`), size (`"12GB"`) or bytes, has room for it."""
@@ -230,7 +231,10 @@ def _plan(
     if "8bit" in optimizer and importlib.util.find_spec("bitsandbytes") is None:
         raise OptionError(f"plan: optimizer={optimizer!r} needs bitsandbytes: pip install bitsandbytes")
     name, config, task = _described(model, task, model_kwargs)
-    _check_length(config, seq_len, task)
+    config = copy.deepcopy(config)
+    if task == "classification" and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0  # decoders look for the last token before the padding; `finetune` sets the tokenizer's
+    _check_length(config, seq_len)
     weights: Any = base.torch_dtype(dtype)
     if weights == "auto":
         weights = base.torch_dtype(getattr(config, "dtype", None) or "float32")
@@ -334,7 +338,7 @@ def _described(model: Any, task: str | None, model_kwargs: dict[str, Any] | None
     return str(model), source.config, str(source.task)
 
 
-def _check_length(config: Any, seq_len: int, task: str) -> None:
+def _check_length(config: Any, seq_len: int) -> None:
     inner = config.get_text_config()
     most = getattr(inner, "max_position_embeddings", None) or getattr(inner, "n_positions", None)
     rotary = getattr(inner, "rope_parameters", None) or getattr(inner, "rope_theta", None)
