@@ -148,6 +148,7 @@ def depth() -> list[dict[str, Any]]:
     """Carried on against simulated in full, at the depth and width of real models."""
     import transformers as tf
 
+    from lora_kit.memory.cpu import CPU
     from lora_kit.memory.plan import plan
     from lora_kit.memory.simulate import simulate
 
@@ -174,7 +175,7 @@ def depth() -> list[dict[str, Any]]:
                 config, method, quantization=bits, gradient_checkpointing=checkpointing, dtype="bfloat16", seq_len=512,
                 device="cpu",
             )  # fmt: skip
-            whole = simulate(made._blueprint, made._step, True).peak[1].bytes
+            whole = simulate(made._blueprint, made._step, True, world=CPU).peak[1].bytes
             shape = f"{name} {method} {bits or '16bit'}"
             error = round(100 * (made.peak / whole - 1), 6)
             found.append({"model": shape, "carried_on": made.peak, "in_full": whole, "error_percent": error})

@@ -257,9 +257,27 @@ def test_checkpointed_layers_run_alike_twice_on_cuda(method):
         assert found.peak > 0
 
 
-def test_evaluation_holds_whole_logits():
-    found = plan(llama(vocab_size=4000), "lora", seq_len=64, batch_size=2, dtype="float32", device="cpu")
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_evaluation_and_generation(method):
+    """Peaks without gradients, against the live bytes of real ones: whole logits, keys and values."""
+    from lora_kit.memory import step as steps
+    from lora_kit.memory.tracker import PeakBytes, resident_tensors
+
+    config = llama(vocab_size=4000, num_hidden_layers=6)
+    found = plan(config, method, seq_len=64, batch_size=2, dtype="float32", device="cpu")
     assert found.evaluation >= 64 * 2 * 4000 * 4
+    model, batch, optimizer, step = ready(found)
+    for run, planned, states in (
+        (steps.evaluate, found.evaluation, optimizer),
+        (steps.generate, found.generation, None),
+    ):
+        run(model, batch, step)
+        inputs = [batch["input_ids"], batch["labels"]]
+        with PeakBytes("cpu", [*resident_tensors(model, states), *inputs]) as memory:
+            run(model, batch, step)
+        assert abs(planned / memory.peak - 1) < 2e-3, (run, planned, memory.peak)
+    with pytest.raises(UnsupportedError, match="generation is planned for causal language models"):
+        _ = plan(bert(), "lora", seq_len=16, device="cpu").generation
 
 
 # ---- the allocator

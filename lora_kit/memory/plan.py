@@ -63,14 +63,34 @@ class MemoryPlan:
     @functools.cached_property
     def evaluation(self) -> int:
         """Peak bytes of evaluating the same batch between two steps: no gradients, but whole logits."""
+        from lora_kit.memory.step import evaluate
+
+        return self._peak_of(evaluate) + self.breakdown.get("optimizer", 0)
+
+    @functools.cached_property
+    def generation(self) -> int:
+        """Peak bytes of generating from rows of `seq_len` tokens, keys and values kept, without an optimizer.
+
+        Raises:
+            UnsupportedError: for anything but a causal language model.
+        """
+        from lora_kit.memory.step import generate
+
+        if self.settings["task"] != "causal-lm":
+            raise UnsupportedError(
+                f"generation is planned for causal language models; this is {self.settings['task']!r}."
+            )
+        return self._peak_of(generate)
+
+    def _peak_of(self, instead: Any) -> int:
         from lora_kit.memory.simulate import at_depth
 
-        with quiet("bitsandbytes.autograd._functions"):
+        world = _world(self.settings["device"])
+        with uncollected(), quiet("bitsandbytes.autograd._functions"):
             trace = at_depth(
-                self._blueprint, self._axes, self._step, self.settings["lean"],
-                world=_world(self.settings["device"]), only_forward=True,
-            )  # fmt: skip
-        return trace.peak[1].bytes + self.breakdown.get("optimizer", 0)
+                self._blueprint, self._axes, self._step, self.settings["lean"], world=world, instead=instead
+            )
+        return trace.peak[1].bytes
 
     def fits(self, card: str | int) -> bool:
         """Whether a card, by name (`"RTX 4090"`), size (`"12GB"`) or bytes, has room for it."""

@@ -167,9 +167,9 @@ def simulate(
     *,
     depths: "dict[Axis, int] | None" = None,
     world: World | None = None,
-    only_forward: bool = False,
+    instead: "Callable[[Model, dict[str, Any], steps.Step], None] | None" = None,
 ) -> Trace:
-    """A training step, or an evaluation, of the blueprint's model at these depths."""
+    """A training step of the blueprint's model at these depths, or what is to be run instead of one."""
     world = world or World()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with warnings.catch_warnings(), uncollected(), torch.random.fork_rng([]):
@@ -190,9 +190,9 @@ def simulate(
         with ExitStack() as stack:
             stack.enter_context(world.shapes())
             stack.enter_context(ledger)
-            if only_forward:
-                ledger.phase = ("evaluation",)
-                steps.evaluate(model, batch, step)
+            if instead is not None:
+                with _phases(model, ledger, []):
+                    instead(model, batch, step)
                 return Trace(ledger.moments, {})
             optimizer = steps.OPTIMIZERS[step.optimizer](parameters)
             ledger.phase = ("start",)

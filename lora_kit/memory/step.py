@@ -129,6 +129,20 @@ def evaluate(model: Model, batch: dict[str, Any], step: Step) -> None:
         model.train()
 
 
+def generate(model: Model, batch: dict[str, Any], step: Step) -> None:
+    """The whole row read at once, and one token more from its keys and values, as `model.generate` does."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+    ids = batch["input_ids"]
+    model.eval()
+    try:
+        with torch.no_grad(), _autocast(batch, step):
+            cache = model(input_ids=ids, use_cache=True, **last).past_key_values
+            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+    finally:
+        model.train()
+
+
 def settle(parameters: Iterable[Any], optimizer: Any) -> None:
     """Have the optimizer make its states now, by a step with gradients of zero; no value changes but the count."""
     parameters = list(parameters)
