@@ -88,3 +88,13 @@ def test_resident_tensors_of_a_quantized_model():
             assert {state.absmax.untyped_storage()._cdata, state.state2.absmax.untyped_storage()._cdata} <= found
     for state in optimizer.state.values():
         assert state["exp_avg"].untyped_storage()._cdata in found
+
+
+def test_constants_of_packed_stacks_are_resident():
+    """The scales of 4-bit experts lie beside the stack's parameter, under whatever name that has."""
+    model = adapt(tiny.build("mixtral"), "lora", quantization="4bit")
+    experts = next(m for m in model.modules() if "lora_kit_packed" in vars(m))
+    name, weight = next((n, p) for n, p in experts._parameters.items() if hasattr(p, "quant_state"))
+    state = weight.quant_state
+    found = {t.data_ptr() for t in resident_tensors(model)}
+    assert name != "weight" and {state.absmax.data_ptr(), state.state2.absmax.data_ptr()} <= found

@@ -77,12 +77,13 @@ def resident_tensors(model: Any, optimizer: Any = None) -> "list[torch.Tensor]":
 
     found: list[Any] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        for holder in (getattr(weight, "quant_state", None), getattr(module, "state", None), weight):
-            for name in ("absmax", "code", "offset", "CB", "SCB"):
-                found.append(getattr(holder, name, None))
-            nested = getattr(holder, "state2", None)
-            found += [getattr(nested, name, None) for name in ("absmax", "code")]
+        # stacks of experts are packed under names of their own
+        for weight in module._parameters.values():
+            for holder in (getattr(weight, "quant_state", None), getattr(module, "state", None), weight):
+                for name in ("absmax", "code", "offset", "CB", "SCB"):
+                    found.append(getattr(holder, name, None))
+                nested = getattr(holder, "state2", None)
+                found += [getattr(nested, name, None) for name in ("absmax", "code")]
     found += [p.grad for p in model.parameters() if p.grad is not None]
     if optimizer is not None:
         found += [t for t in tree_iter(list(optimizer.state.values())) if torch.is_tensor(t)]
