@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from lora_kit.adaptation import adapt as adapt
     from lora_kit.comparison.matrix import compare as compare
     from lora_kit.errors import LoraKitError as LoraKitError
-    from lora_kit.memory.plan import MemoryPlan as MemoryPlan
     from lora_kit.memory.plan import plan as plan
+    from lora_kit.memory.result import MemoryPlan as MemoryPlan
     from lora_kit.methods import METHODS as METHODS
     from lora_kit.methods import Full as Full
     from lora_kit.methods import LoRA as LoRA
@@ -37,7 +37,7 @@ _HOMES = {
     "METHODS": "lora_kit.methods",
     "plan": "lora_kit.memory.plan",
     "choose": "lora_kit.memory.auto",
-    "MemoryPlan": "lora_kit.memory.plan",
+    "MemoryPlan": "lora_kit.memory.result",
     "save": "lora_kit.storage.save",
     "load": "lora_kit.storage.load",
     "merge": "lora_kit.storage.merge",

@@ -5,7 +5,8 @@ from typing import Any
 
 from lora_kit.errors import OptionError, UnsupportedError, listing, nearest
 from lora_kit.memory.cards import size_of
-from lora_kit.memory.plan import MemoryPlan, plan, size
+from lora_kit.memory.plan import plan
+from lora_kit.memory.result import MemoryPlan, size
 
 # (base, lean, gradient checkpointing), from the fastest to the smallest; 8 bit is slower than 4 and larger
 WAYS: tuple[tuple[str | None, bool | str, bool], ...] = (

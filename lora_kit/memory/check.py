@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_kit.adaptation import adapt
 from lora_kit.errors import OptionError
-from lora_kit.memory.plan import MemoryPlan, size
+from lora_kit.memory.result import MemoryPlan, size
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from lora_kit.errors import OptionError, listing, nearest
 from lora_kit.memory.cards import size_of
-from lora_kit.memory.plan import MemoryPlan, made, size
+from lora_kit.memory.plan import made
+from lora_kit.memory.result import MemoryPlan, size
 
 STEPS = {"seq_len": 64, "batch_size": 1, "rank": 1}
 """What can be searched for, and by how much it grows."""

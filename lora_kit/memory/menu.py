@@ -8,7 +8,8 @@ from lora_kit.errors import LoraKitError, UnsupportedError
 from lora_kit.memory.cards import size_of
 from lora_kit.memory.check import Check, check
 from lora_kit.memory.fit import Fit, fit
-from lora_kit.memory.plan import MemoryPlan, plan, size
+from lora_kit.memory.plan import plan
+from lora_kit.memory.result import MemoryPlan, size
 from lora_kit.methods import METHODS, resolve
 
 BASES = ("16bit", "8bit", "4bit")
