@@ -75,16 +75,24 @@ def _fill(model: Model, module: Model) -> None:
 
 
 def _forward_of(module: Model) -> Any:
-    """What takes the place of the forward of a module with large weights; None: its own can run."""
+    """What takes the place of the forward of a module with large or quantized weights; None: its own can run."""
+    own = [p for p in module._parameters.values() if p is not None]
+    if not vars(module).get(PACKED) and all(p.numel() <= LARGEST and p.is_floating_point() for p in own):
+        return None
     size = linear_size(module)
     if size is not None:
         stand_in = StandIn(*size)
-        # small, so that no squashing function is driven to where its gradient vanishes
         return lambda x, *args, **kwargs: (0.25 * stand_in(x.float())).to(x.dtype)
     if isinstance(module, nn.Embedding):
         table = torch.randn(min(ROWS, module.num_embeddings), module.embedding_dim).to(module.weight.dtype)
-        return lambda ids, *args, **kwargs: table[ids % len(table)]
-    own = [p for p in module._parameters.values() if p is not None]
+
+        def look_up(ids: Any, *args: Any, **kwargs: Any) -> Any:
+            # position tables may be asked by something else than ids
+            return (
+                table[ids % len(table)] if torch.is_tensor(ids) else type(module).forward(module, ids, *args, **kwargs)
+            )
+
+        return look_up
     if vars(module).get(PACKED) or any(p.dim() == 3 and p.numel() > LARGEST for p in own):
         return lambda x, *args, **kwargs: x * 0.5  # a stack of experts
     return None
@@ -93,7 +101,10 @@ def _forward_of(module: Model) -> Any:
 def _values(like: Tensor) -> Tensor:
     if like.numel() > LARGEST or not like.is_floating_point():
         return _zeros(like)
-    return (torch.randn(like.shape) * 0.1 + (like.dim() == 1)).to(like.dtype)
+    if like.dim() < 2:
+        return (torch.randn(like.shape) * 0.1 + 1).to(like.dtype)
+    # small, so that no squashing function is driven to where its gradient vanishes
+    return (torch.randn(like.shape) * 0.5 / like.shape[-1] ** 0.5).to(like.dtype)
 
 
 def _zeros(like: Tensor) -> Tensor:
