@@ -436,6 +436,8 @@ def test_from_a_path_and_from_a_model(tmp_path):
         ({"device": "tpu"}, "unknown device 'tpu'; accepted: cuda, cpu"),
         ({"quantization": "3bit"}, "unknown quantization '3bit'"),
         ({"rnk": 4}, "unknown option 'rnk' for method 'lora'"),
+        ({"batch": 4}, "Did you mean 'batch_size'?"),
+        ({"gradient_checkpoint": True}, "Did you mean 'gradient_checkpointing'?"),
         ({"lean": "lowmemory"}, "lean must be one of"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"task": "poetry"}, "unknown task 'poetry'"),

@@ -92,7 +92,13 @@ def plan(
     """
     given = {key: value for key, value in locals().items() if key not in ("model", "method", "options")}
     with uncollected():
-        return _plan(model, resolve(method, options), **given)
+        try:
+            chosen = resolve(method, options)
+        except OptionError as error:
+            # what looks like an option of the method may be an argument of the plan, misspelt
+            hints = [nearest(key, given) for key in options]
+            raise OptionError(f"{error}{next((hint for hint in hints if hint), '')}") from None
+        return _plan(model, chosen, **given)
 
 
 def _plan(
