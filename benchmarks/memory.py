@@ -20,6 +20,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -285,7 +286,9 @@ def shifted_loss(logits: Any, labels: Any, vocab_size: int, **rest: Any) -> Any:
 
 
 def cost() -> list[dict[str, Any]]:
-    """One plan in a fresh process."""
+    """One plan in a fresh process, from a folder with a config."""
+    import transformers as tf
+
     found = []
     for name, config in (("Llama-3-8B shape", LLAMA_8B), ("Llama-3-70B shape", LLAMA_70B)):
         for arguments in (
@@ -293,18 +296,18 @@ def cost() -> list[dict[str, Any]]:
             "'full', gradient_checkpointing=True, seq_len=4096",
             "'prefix', seq_len=4096",
         ):
-            code = (
-                "import time; t = time.perf_counter(); import lora_kit, resource; "
-                "from transformers import LlamaConfig; "
-                f"lora_kit.plan(LlamaConfig(**{config!r}), {arguments}, dtype='bfloat16'); "
-                "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-            )
-            runs = []
-            for _ in range(3):
-                run = subprocess.run(
-                    [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+            with tempfile.TemporaryDirectory() as folder:
+                tf.LlamaConfig(**config, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(folder)
+                code = (
+                    f"import time; t = time.perf_counter(); import lora_kit; lora_kit.plan({folder!r}, {arguments}); "
+                    "s = time.perf_counter() - t; import resource; "
+                    "print(s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
                 )
-                runs.append([float(word) for word in run.stdout.split()[-2:]])
+                command = [sys.executable, "-W", "ignore", "-c", code]
+                runs = []
+                for _ in range(3):
+                    run = subprocess.run(command, capture_output=True, text=True, check=True)
+                    runs.append([float(word) for word in run.stdout.split()[-2:]])
             seconds = sorted(run[0] for run in runs)
             row = {"plan": f"{name} {arguments}", "seconds": round(seconds[1], 2), "least": round(seconds[0], 2),
                    "most": round(seconds[2], 2), "resident_bytes": int(max(run[1] for run in runs))}  # fmt: skip
