@@ -242,7 +242,7 @@ def _check_length(config: Any, seq_len: int) -> None:
     most = getattr(inner, "max_position_embeddings", None) or getattr(inner, "n_positions", None)
     rotary = getattr(inner, "rope_parameters", None) or getattr(inner, "rope_theta", None)
     relative = getattr(inner, "model_type", "") in ("t5", "mt5", "umt5")
-    if isinstance(most, int) and seq_len > most and not relative:
+    if isinstance(most, int) and 0 < most < seq_len and not relative:
         more = " or raise it in the config (rope scaling)" if rotary else ""
         raise OptionError(
             f"plan: seq_len={seq_len} is longer than the model's {most} positions; use at most {most}{more}."

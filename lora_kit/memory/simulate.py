@@ -73,6 +73,8 @@ class _Simulation(Ledger):
             if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
                 # its shape function knows bfloat16 alone, the product itself more
                 return _grouped(*args, **kwargs)
+            if func is torch.ops.aten.index.Tensor:
+                args = args[0], [place for index in args[1] for place in _places(index)]
             result = func(*args, **kwargs)
             # what was written to may come back on a fake storage of its own, which would count as another tensor
             in_place = func._schema.name.endswith("_") and isinstance(result, torch.Tensor)
@@ -102,6 +104,13 @@ class _Simulation(Ledger):
         except Exception:  # an operation whose shape depends on values: it is run on them
             return False
         return any(made.untyped_storage().nbytes() > LARGEST_REAL for made in tensors_in((result,)))
+
+
+def _places(index: Any) -> tuple[Any, ...]:
+    """A mask that is really there as the places that it marks, whose number can be known."""
+    if isinstance(index, torch.Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool:
+        return index.nonzero().unbind(1)
+    return (index,)
 
 
 def _grouped(

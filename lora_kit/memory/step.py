@@ -67,6 +67,9 @@ def batch_of(model: Model, task: str, step: Step) -> dict[str, Any]:
     special = {v for k, v in vars(config).items() if k.endswith("_token_id") and isinstance(v, int)}
     plain = next((i for i in range(vocabulary - 1, 0, -1) if i not in special), 0)
     ids = torch.full(shape, plain)
+    end = getattr(config, "eos_token_id", None)
+    if task == "classification" and config.is_encoder_decoder and isinstance(end, int):
+        ids[:, -1] = end  # what these classifiers read the state of
     batch: dict[str, Any] = {"input_ids": ids}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "use_cache" in inspect.signature(inner.forward).parameters:
