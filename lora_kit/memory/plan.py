@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from lora_kit.memory.step import Step
 
 
+REVERSIBLE = ("reformer",)
+"""Models whose layers compute their input again from their output."""
+
+
 def plan(
     model: "str | Path | PretrainedConfig | nn.Module",
     method: Any = "lora",
@@ -137,6 +141,11 @@ def _plan(
     if "8bit" in optimizer and importlib.util.find_spec("bitsandbytes") is None:
         raise OptionError(f"plan: optimizer={optimizer!r} needs bitsandbytes: pip install bitsandbytes")
     name, config, task = _described(model, task, model_kwargs)
+    if config.model_type in REVERSIBLE:
+        raise UnsupportedError(
+            f"plan does not know {config.model_type}: its layers run inside an autograd function of its own, and what "
+            "they keep is not seen in a simulation. Measure a step: adapt(...) and torch.cuda.max_memory_allocated()."
+        )
     config = copy.deepcopy(config)
     if task == "classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # decoders look for the last token before the padding; `finetune` sets the tokenizer's
