@@ -325,7 +325,7 @@ def test_largest_is_tight():
     draw = random.Random(1)
     for _ in range(20):
         method = draw.choice(["lora", "prefix", "full"])
-        config = llama(num_hidden_layers=2, vocab_size=draw.choice([300, 5000]), max_position_embeddings=1024)
+        config = llama(num_hidden_layers=2, vocab_size=draw.choice([4000, 9000]), max_position_embeddings=1024)
         largest = draw.choice(["seq_len", "batch_size", *(["rank"] if method == "lora" else [])])
         start = plan(
             config, method, seq_len=draw.choice([32, 100]), batch_size=draw.choice([1, 3]), dtype="bfloat16",
