@@ -464,6 +464,8 @@ def test_more_mistakes(tmp_path):
         found.fit("12GB", "length")
     with pytest.raises(UnsupportedError, match="quantized matrices hold integers"):
         plan(llama(), "full", quantization="4bit")
+    with pytest.raises(OptionError, match="unknown option 'rnk'"):
+        menu("nowhere", methods=("lora", "prefix"), rank=4, rnk=4)
     with pytest.raises(UnsupportedError, match="plan does not know reformer"):
         plan(transformers.ReformerConfig(is_decoder=True), "lora", task="causal-lm", seq_len=16)
     with pytest.raises(OptionError, match="no CUDA device"):

@@ -61,8 +61,7 @@ def ready(plan: MemoryPlan) -> tuple[Any, dict[str, Any], Any, Any]:
         model: Any = build(copy.deepcopy(blueprint.config), dtype=blueprint.dtype, **dict(blueprint.extra))
     if blueprint.checkpointing:
         base.checkpoint(model)
-    bits = None if blueprint.bits is None else blueprint.bits
-    model = adapt(model, blueprint.method, quantization=bits, lean=plan.settings["lean"])
+    model = adapt(model, blueprint.method, quantization=blueprint.bits, lean=plan.settings["lean"])
     if blueprint.checkpointing and blueprint.method.word != "full":
         model.enable_input_require_grads()
     optimizer = steps.OPTIMIZERS[step.optimizer](steps.trained(model))

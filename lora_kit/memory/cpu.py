@@ -4,12 +4,12 @@ Products by oneDNN and attention take scratch space too, some ten to some hundre
 left out.
 """
 
-import math
+import functools
 from typing import Any
 
 import torch
 
-from lora_kit.memory.simulate import World
+from lora_kit.memory.simulate import World, unpacked
 
 
 def _cast_operands(args: tuple, kwargs: dict[str, Any]) -> int:
@@ -21,16 +21,9 @@ def _cast_operands(args: tuple, kwargs: dict[str, Any]) -> int:
     return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common and t.dim())
 
 
-def _unpacked(args: tuple, kwargs: dict[str, Any]) -> int:
-    """The matrix of a 4-bit product in 16 bit, and its scales where they are packed again."""
-    x, shape = args[0], args[2]
-    entries = math.prod(shape)
-    return entries * x.element_size() + (4 * entries // 64 if kwargs.get("absmax_8bit") is not None else 0)
-
-
 CPU = World(
     workspaces={
         **{f"aten::{name}": _cast_operands for name in ("add", "add_", "sub", "mul", "mul_", "div")},
-        "bitsandbytes::gemm_4bit": _unpacked,
+        "bitsandbytes::gemm_4bit": functools.partial(unpacked, a_scale=4),
     }
 )

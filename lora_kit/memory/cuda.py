@@ -6,6 +6,7 @@ products (integers all through). Kernels also take memory that torch's operation
 is known of it. There are constants here, none of them a model's.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lora_kit.lean.device import planned_for
-from lora_kit.memory.simulate import World
+from lora_kit.memory.ledger import Workspace
+from lora_kit.memory.simulate import World, unpacked
 from lora_kit.types import Model
 
 BLOCK = 512
@@ -114,16 +116,10 @@ def _flash_backward(args: tuple, kwargs: dict[str, Any]) -> int:
     return size
 
 
-def _four_bit(args: tuple, kwargs: dict[str, Any]) -> int:
-    """The matrix in 16 bit, and its scales where they are packed again: bitsandbytes unpacks it for long inputs."""
-    x, shape = args[0], args[2]
-    entries = math.prod(shape)
-    return entries * x.element_size() + (8 * entries // 64 if kwargs.get("absmax_8bit") is not None else 0)
-
-
-WORKSPACES = {
+WORKSPACES: dict[str, Workspace] = {
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
-    "bitsandbytes::gemm_4bit": _four_bit,
+    # unpacked for long inputs
+    "bitsandbytes::gemm_4bit": functools.partial(unpacked, a_scale=8),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_kit.errors import OptionError, listing, nearest
 from lora_kit.memory.cards import size_of
-from lora_kit.memory.plan import made
+from lora_kit.memory.plan import made, positions
 from lora_kit.memory.result import MemoryPlan, size
 
 STEPS = {"seq_len": 64, "batch_size": 1, "rank": 1}
@@ -98,11 +98,10 @@ def _search(needs: Callable[[int], int], room: int, start: int, most: int) -> in
 def _most(plan: MemoryPlan, name: str) -> int:
     if name == "batch_size":
         return 2**16
-    config = plan._blueprint.config.get_text_config()
+    config = plan._blueprint.config
     if name == "rank":
-        return int(getattr(config, "hidden_size", 2**12))
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return most if isinstance(most, int) else 2**20
+        return int(getattr(config.get_text_config(), "hidden_size", 2**12))
+    return positions(config) or 2**20
 
 
 def _changed(plan: MemoryPlan, name: str, value: int) -> MemoryPlan:

@@ -110,10 +110,13 @@ def menu(
     room = None if card is None else size_of(card)
     lean = "low-memory" if low_memory else True
     lines = []
+    fields = {word: METHODS[word].__dataclass_fields__ if word in METHODS else {} for word in methods}
     for word in methods:
-        own = {k: v for k, v in options.items() if word not in METHODS or k in METHODS[word].__dataclass_fields__}
-        taken = any(k in METHODS[m].__dataclass_fields__ for m in methods if m in METHODS for k in options)
-        resolve(word, own if taken or not options else options)
+        # an option that no method has is this one's, which refuses it
+        own = {
+            k: v for k, v in options.items() if k in fields[word] or not any(k in other for other in fields.values())
+        }
+        resolve(word, own)
         for bits in quantizations:
             try:
                 made = plan(

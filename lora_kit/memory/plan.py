@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from lora_kit.errors import LoraKitError, OptionError, UnsupportedError, listing
 from lora_kit.memory.collector import uncollected
 from lora_kit.memory.result import MemoryPlan, world_of
 from lora_kit.messages import quiet
-from lora_kit.methods import Method, resolve
+from lora_kit.methods import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ REVERSIBLE = ("reformer",)
 """Models whose layers compute their input again from their output."""
 
 
+@uncollected()
 def plan(
     model: "str | Path | PretrainedConfig | nn.Module",
     method: Any = "lora",
@@ -94,42 +96,16 @@ def plan(
         >>> found.peak == sum(found.breakdown.values())
         True
     """
-    given = {key: value for key, value in locals().items() if key not in ("model", "method", "options")}
-    with uncollected():
-        try:
-            chosen = resolve(method, options)
-        except OptionError as error:
-            # what looks like an option of the method may be an argument of the plan, misspelt
-            hints = [nearest(key, given) for key in options]
-            raise OptionError(f"{error}{next((hint for hint in hints if hint), '')}") from None
-        return _plan(model, chosen, **given)
-
-
-def _plan(
-    model: Any,
-    chosen: Method,
-    *,
-    quantization: Any,
-    task: str | None,
-    batch_size: int,
-    seq_len: int,
-    gradient_checkpointing: bool,
-    optimizer: str,
-    dtype: Any,
-    autocast: Any,
-    lean: bool | str,
-    padding: bool,
-    accumulation: int,
-    clip: float | None,
-    keep_outputs: bool,
-    use_cache: bool,
-    device: str,
-    model_kwargs: dict[str, Any] | None,
-) -> MemoryPlan:
     from lora_kit.lean import switch
     from lora_kit.memory.blueprint import Blueprint, axes_of
     from lora_kit.memory.step import Step
 
+    try:
+        chosen = resolve(method, options)
+    except OptionError as error:
+        # what looks like an option of the method may be an argument of the plan, misspelt
+        hints = [nearest(key, inspect.signature(plan).parameters) for key in options]
+        raise OptionError(f"{error}{next((hint for hint in hints if hint), '')}") from None
     switch.check(lean)
     quantized = resolve_quantization(quantization, chosen)
     if device not in ("cuda", "cpu"):
@@ -246,12 +222,19 @@ def _described(model: Any, task: str | None, model_kwargs: dict[str, Any] | None
     return str(model), source.config, str(source.task)
 
 
-def _check_length(config: Any, seq_len: int) -> None:
+def positions(config: Any) -> int | None:
+    """How many tokens a model can number; None where nothing bounds them."""
     inner = config.get_text_config()
     most = getattr(inner, "max_position_embeddings", None) or getattr(inner, "n_positions", None)
-    rotary = getattr(inner, "rope_parameters", None) or getattr(inner, "rope_theta", None)
     relative = getattr(inner, "model_type", "") in ("t5", "mt5", "umt5")
-    if isinstance(most, int) and 0 < most < seq_len and not relative:
+    return most if isinstance(most, int) and most > 0 and not relative else None
+
+
+def _check_length(config: Any, seq_len: int) -> None:
+    most = positions(config)
+    if most is not None and seq_len > most:
+        inner = config.get_text_config()
+        rotary = getattr(inner, "rope_parameters", None) or getattr(inner, "rope_theta", None)
         more = " or raise it in the config (rope scaling)" if rotary else ""
         raise OptionError(
             f"plan: seq_len={seq_len} is longer than the model's {most} positions; use at most {most}{more}."

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from lora_kit.adaptation import base_of
 from lora_kit.lean import switch
 from lora_kit.memory import step as steps
 from lora_kit.memory.allocator import replay
@@ -58,6 +59,12 @@ class Trace:
     def peak(self) -> tuple[Phase, Moment]:
         key = max(self.moments, key=lambda key: self.moments[key].bytes)
         return key[0], self.moments[key]
+
+
+def unpacked(args: tuple, kwargs: dict[str, Any], *, a_scale: int) -> int:
+    """What bitsandbytes takes for a 4-bit product: the matrix in 16 bit, and bytes a scale if they are packed again."""
+    x, entries = args[0], math.prod(args[2])
+    return entries * x.element_size() + (a_scale * entries // 64 if kwargs.get("absmax_8bit") is not None else 0)
 
 
 class _Simulation(Ledger):
@@ -246,8 +253,7 @@ def _phases(model: Model, ledger: Ledger, parameters: list[Any]) -> Iterator[Non
 
     for parameter in parameters:
         handles.append(parameter.register_post_accumulate_grad_hook(gradient))
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for path, layers in layer_lists(inner).items():
+    for path, layers in layer_lists(base_of(model)).items():
         for number, layer in enumerate(layers):
             handles += _watch_layer(ledger, layer, (path, number, len(layers)))
     try:

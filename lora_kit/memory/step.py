@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lora_kit.adaptation import base_of
 from lora_kit.errors import OptionError, UnsupportedError, listing, nearest
 from lora_kit.types import Model
 
@@ -71,8 +72,7 @@ def batch_of(model: Model, task: str, step: Step) -> dict[str, Any]:
     if task == "classification" and config.is_encoder_decoder and isinstance(end, int):
         ids[:, -1] = end  # what these classifiers read the state of
     batch: dict[str, Any] = {"input_ids": ids}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "use_cache" in inspect.signature(inner.forward).parameters:
+    if "use_cache" in inspect.signature(base_of(model).forward).parameters:
         batch["use_cache"] = step.use_cache
     if step.padding:
         mask = torch.ones_like(ids)
@@ -134,8 +134,7 @@ def evaluate(model: Model, batch: dict[str, Any], step: Step) -> None:
 
 def generate(model: Model, batch: dict[str, Any], step: Step) -> None:
     """The whole row read at once, and one token more from its keys and values, as `model.generate` does."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base_of(model).forward).parameters else {}
     ids = batch["input_ids"]
     model.eval()
     try:
