@@ -44,8 +44,28 @@ class AdapterMismatchError(StorageError):
     """The file's tensors are not the ones that this model expects."""
 
 
+class WrongBaseError(AdapterMismatchError):
+    """The adapter was trained on another base."""
+
+
 class CannotMergeError(StorageError):
     """The adapter cannot be added to 16-bit weights."""
+
+
+class ResumeError(StorageError):
+    """A checkpoint that a run cannot go on from."""
+
+
+class NonFiniteError(LoraKitError):
+    """A loss, a gradient or a weight that is NaN or infinite."""
+
+
+class OutOfMemoryError(LoraKitError):
+    """One sequence alone does not fit in the device's memory."""
+
+
+class NothingToTrainError(UnsupportedError):
+    """No parameter of the model is trainable."""
 
 
 def nearest(word: str, accepted: Iterable[str]) -> str:

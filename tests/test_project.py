@@ -32,7 +32,7 @@ def test_style_and_types(command):
 def test_docstrings(name):
     """Each module says what it is, and its examples run."""
     module = importlib.import_module(name)
-    if not name.endswith(("lean", "storage", "memory", "training", "comparison")):
+    if not name.endswith(("lean", "storage", "memory", "checks", "training", "comparison")):
         assert module.__doc__, name
     failures, _ = doctest.testmod(module, extraglobs={"adapt": lora_kit.adapt})
     assert failures == 0
@@ -44,7 +44,7 @@ def test_public_names_have_docstrings():
 
 
 # what each room may import, from the top down
-ROOMS = ["cli", "comparison", "training", "storage memory", "adaptation", "methods", "insertion"]
+ROOMS = ["cli", "comparison", "training", "checks storage memory", "adaptation", "methods", "insertion"]
 ROOMS += [
     "targets quantization base loading structure sharing stacks probe standins attention routing watching weightless"
 ]
