@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_kit import base
+from lora_kit import base, fingerprint
 from lora_kit import quantization as bits
 from lora_kit.errors import OptionError, UnsupportedError, listing
 from lora_kit.messages import say
@@ -49,6 +49,8 @@ class Record:
     """Matmul weight of a quantized base → why it is not quantized."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the method adds to the saved folder's manifest."""
+    fingerprint: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What tells the base from any other: `"files"` and `"samples"`, see `lora_kit.fingerprint`."""
 
 
 def adapt(
@@ -139,9 +141,15 @@ def adapt(
     chosen.check(source.skeleton, heads)
 
     given_dtype = main_dtype(source.skeleton)
+    # a model in memory is sampled before it is quantized
+    samples = fingerprint.of_model(source.skeleton, tuple(heads)) if source.path is None else None
     loaded, missing = base.load(source, quantized, heads)
     heads = base.heads_of(loaded, missing)
     base_dtype = given_dtype if source.path is None else main_dtype(loaded)
+
+    if samples is None:
+        samples = fingerprint.of_model(loaded, tuple(heads))
+    came_from = source.path or getattr(getattr(loaded, "config", None), "_name_or_path", "") or None
 
     parameters = count_parameters(loaded)
     staying = bits.staying(loaded, heads) if quantized is not None else None
@@ -150,7 +158,7 @@ def adapt(
         method=chosen.word,
         options=chosen.options(),
         task=base.task_of(loaded),
-        base=source.path or getattr(getattr(loaded, "config", None), "_name_or_path", "") or None,
+        base=came_from,
         base_dtype=base_dtype,
         quantization=bits.of(loaded) or "16bit",
         parameters=parameters,
@@ -160,6 +168,10 @@ def adapt(
         left_out=attached.left_out,
         facts=attached.facts,
         unquantized=staying.skipped if staying else {},
+        fingerprint={
+            "files": fingerprint.of_files(came_from, source.model_kwargs.get("revision")),
+            "samples": samples,
+        },
     )
     attached.model.lora_kit_record = record
     attached.model.train()

@@ -46,7 +46,8 @@ def test_public_names_have_docstrings():
 # what each room may import, from the top down
 ROOMS = ["cli", "comparison", "training", "checks storage memory", "adaptation", "methods", "insertion"]
 ROOMS += [
-    "targets quantization base loading structure sharing stacks probe standins attention routing watching weightless"
+    "targets quantization base loading structure sharing stacks probe fingerprint rollback standins attention routing "
+    "watching weightless"
 ]
 ROOMS += ["lean"]
 

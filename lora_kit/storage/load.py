@@ -1,19 +1,29 @@
 """`load`: the one way back from a folder, whatever the method."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_kit import attention, insertion, sharing, structure
+from lora_kit import attention, fingerprint, insertion, sharing, structure
 from lora_kit import base as base_models
 from lora_kit import quantization as bits
 from lora_kit.adaptation import Record, count_parameters, main_dtype
-from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, listing
+from lora_kit.errors import (
+    AdapterMismatchError,
+    LoraKitError,
+    OptionError,
+    StorageError,
+    WrongBaseError,
+    listing,
+)
 from lora_kit.messages import say
 from lora_kit.methods import METHODS, word_of
 from lora_kit.methods.native import IN_THE_CACHE, as_named, refuse_checkpointing, refuse_later_checkpointing, wrap
-from lora_kit.storage import manifest
+from lora_kit.rollback import rollback
+from lora_kit.storage import config as settings
+from lora_kit.storage import manifest, rows, stored, units
 from lora_kit.targets import PEFT_TASKS
 from lora_kit.types import Model
 
@@ -33,8 +43,14 @@ def load(
     dtype: "torch.dtype | str" = "auto",
     device: str | None = None,
     lean: bool | str = True,
+    rename: dict[str, str] | None = None,
+    allow_other_base: bool = False,
 ) -> Model:
     """Bring back what `save`, or plain PEFT or transformers, wrote. A base that is handed in is changed in place.
+
+    Everything is checked before the first copy: hashes, the config's fields, names, shapes and dtypes both ways, that
+    every value is finite, and that the base is the one it was trained on. A load that is refused leaves a base that was
+    handed in as it was. Nothing in the folder is run: no pickle, no module named in a file, no code of a base.
 
     Args:
         path: folder of an adapter or of a whole model.
@@ -45,13 +61,18 @@ def load(
         dtype: dtype to load a base in; `"auto"` is the checkpoint's own.
         device: as in `adapt`.
         lean: with `train=True`, as in `adapt`.
+        rename: parts of tensors' names to exchange, for an adapter whose base has other names for its modules, such as
+            `{"language_model.": ""}`.
+        allow_other_base: True to load an adapter onto a base that it was not trained on.
 
     Returns:
         PEFT's `PeftModel`, or transformers' model for one that was trained in full.
 
     Raises:
         OptionError: a base for a whole model, or a value that is not accepted.
-        StorageError: no such folder, a file that is missing or was changed, a pickled adapter.
+        StorageError: no such folder, a file that is missing or was changed, a pickled adapter, a config that names what
+            PEFT does not know.
+        WrongBaseError: the base is not the one that the adapter was trained on.
         AdapterMismatchError: tensors that do not belong on this base.
     """
     from lora_kit.lean import switch
@@ -59,17 +80,37 @@ def load(
     switch.check(lean)
     folder = Path(path)
     if not folder.is_dir():
-        raise StorageError(f"{folder} is no folder; pass what save() wrote.")
-    facts = manifest.read(folder) or {}
-    if (folder / "adapter_config.json").exists():
-        adapted = _load_adapter(folder, facts, base, train=train, quantization=quantization, dtype=dtype, device=device)
+        raise StorageError(f"{folder} is no folder (0 files); pass what save(model, path) wrote.")
+    root = units.current(folder)
+    if root != folder:
+        say(f"{folder}: the process that saved last was stopped while it put the files in place; read from {root.name}")
+    facts = manifest.facts(root)
+    if (root / settings.NAME).exists():
+        adapted = _load_adapter(
+            root,
+            facts,
+            base,
+            train=train,
+            quantization=quantization,
+            dtype=dtype,
+            device=device,
+            rename=rename,
+            allow_other_base=allow_other_base,
+        )
         switch.enable(adapted, lean if train else False)
         return adapted
-    if not (folder / "config.json").exists():
-        raise StorageError(f"{folder} has neither adapter_config.json nor config.json, so it holds no saved model.")
+    if not (root / "config.json").exists():
+        unfinished = len(list(folder.glob(f"{units.STAGING}*")))
+        raise StorageError(
+            f"{folder} has neither adapter_config.json nor config.json, so it holds no saved model"
+            + (f"; {unfinished} save was stopped before it was finished" if unfinished else "")
+            + f" ({len(list(folder.iterdir()))} entries). Pass what save(model, path) wrote."
+        )
     if base is not None:
-        raise OptionError(f"{folder} holds a whole model, which needs no base; leave base out.")
-    model = _load_whole(folder, facts, train=train, quantization=quantization, dtype=dtype, device=device)
+        raise OptionError(f"{folder} holds a whole model, which needs no base; leave base out: load({str(folder)!r}).")
+    if rename is not None:
+        raise OptionError(f"{folder} holds a whole model, whose names stay; leave rename={rename!r} out.")
+    model = _load_whole(root, facts, train=train, quantization=quantization, dtype=dtype, device=device)
     switch.enable(model, lean if train else False)
     return model
 
@@ -118,70 +159,108 @@ def _load_adapter(
     quantization: Any,
     dtype: Any,
     device: str | None,
+    rename: dict[str, str] | None,
+    allow_other_base: bool,
 ) -> Model:
-    from peft import PeftConfig
-    from peft.utils import set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        if (folder / "adapter_model.bin").exists():
-            raise StorageError(
-                f"{folder} holds a pickled adapter (adapter_model.bin), which could run code when it is read. Convert "
-                "it where you trust it: safetensors.torch.save_file(torch.load(..., weights_only=True), "
-                "'adapter_model.safetensors')."
-            )
-        raise StorageError(f"{file} is missing; nothing was loaded.")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise StorageError(f"{file} cannot be read ({error}); nothing was loaded.") from None
-    config = PeftConfig.from_pretrained(str(folder))
+    tensors = stored.renamed(stored.read(folder), rename)
+    config = settings.read(folder, tensors)
     config.inference_mode = not train
     recorded = facts.get("base") or config.base_model_name_or_path
     config.base_model_name_or_path = None  # PEFT notes the name of the base that it is put on
-    model = _base_for(folder, facts, config, base or recorded, quantization, dtype, device)
-    _make_room(model, facts.get("embeddings"))
-    parameters = count_parameters(model)
+    brought = rows.read(folder) if facts.get("rows") else {}
+    given = base if base is not None else recorded
+    model = _base_for(folder, facts, config, given, quantization, dtype, device)
+    _refuse_other_base(facts, model, given, folder, tuple(brought), allow=allow_other_base)
+    with rollback(model), _as_mismatch(folder):
+        _make_room(model, facts.get("embeddings"), tensors, brought)
+        adapted = _wrapped(model, config, facts, folder, tensors)
+        rows.put_back(model, brought)
+    if not train:
+        adapted.requires_grad_(False)
+    adapted.train(train)
+    name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
+    adapted.lora_kit_record = _record(facts, adapted, word_of(config), str(name) if name else None)
+    return adapted
+
+
+@contextmanager
+def _as_mismatch(folder: Path) -> Iterator[None]:
+    """What PEFT raises when a config or a tensor does not go with a model, as one of our errors."""
+    try:
+        yield
+    except (LoraKitError, MemoryError):
+        raise
+    except Exception as error:  # PEFT's tuners check a config against a model each in its way
+        said = " ".join(str(error).split())[:300]
+        raise AdapterMismatchError(
+            f"PEFT cannot put the adapter in {folder} on this model ({type(error).__name__}: {said}). Nothing "
+            "was loaded. load(path, base=...) with the base it was trained on."
+        ) from error
+
+
+def _wrapped(
+    model: Model, config: Any, facts: dict[str, Any], folder: Path, tensors: "dict[str, torch.Tensor]"
+) -> Model:
+    """The model with this adapter on it and in it."""
+    from peft.utils import set_peft_model_state_dict
+
+    paths = [path for path, _ in model.named_modules() if path]
+    exactly = settings.resolve_patterns(config, paths, tensors, folder)
     ours = bool(facts) and config.peft_type.value == "LORA"
     if ours:
         _as_modules(config, model)
+    exactly = exactly or ours
     sites = _sites_for(facts.get("prefix"), config, model)
     if sites:
         adapted, _ = insertion.wrap(model, config, sites, "default", partial(wrap, exactly=True))
     else:
         if config.peft_type.value in IN_THE_CACHE:
             refuse_checkpointing(model)
-        adapted = wrap(model, config, "default", exactly=ours)
-    try:
-        _compare(file, tensors, adapted)
-    except AdapterMismatchError:
-        # take the wrapping off again, so that a base that was handed in can be used for something else
-        if sites:
-            insertion.unload(adapted)
-        elif hasattr(adapted.base_model, "unload"):
-            adapted.base_model.unload()
-        raise
-    with as_named(adapted) if ours else nullcontext():
+        adapted = wrap(model, config, "default", exactly=exactly)
+    stored.compare(folder / stored.NAME, tensors, adapted)
+    with as_named(adapted) if exactly else nullcontext():
         set_peft_model_state_dict(adapted, tensors, adapter_name="default")
+    stored.refuse_changed(folder / stored.NAME, tensors, adapted)
     if ours:
         sharing.share_equal_adapters(adapted, "default")
     if sites and "prefix" not in facts:
         if insertion.agrees(adapted):
-            facts = {**facts, "prefix": insertion.facts(sites, None)}
+            facts["prefix"] = insertion.facts(sites, None)
         else:
             insertion.undo(adapted)
             sites = ()
     if config.peft_type.value in IN_THE_CACHE and not sites:
         refuse_checkpointing(model)
         refuse_later_checkpointing(model)
-    if not train:
-        adapted.requires_grad_(False)
-    adapted.train(train)
-    name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
-    adapted.lora_kit_record = _record(facts, adapted, word_of(config), str(name) if name else None, parameters)
     return adapted
+
+
+def _refuse_other_base(
+    facts: dict[str, Any], model: Model, given: Any, folder: Path, without: tuple[str, ...], *, allow: bool
+) -> None:
+    """Refuse a base that is certainly another; say so where nothing can tell."""
+    known = facts.get("fingerprint") or {}
+    if allow or not known:
+        return
+    came_from = str(given) if isinstance(given, str | Path) else getattr(model.config, "_name_or_path", None)
+    recorded, now = known.get("files"), fingerprint.of_files(came_from)
+    wrong, compared, matrices = fingerprint.differing(known.get("samples") or {}, model, without)
+    if recorded and now and recorded["layout"] == now["layout"] and recorded["content"] != now["content"]:
+        proof = f"the files' fingerprints are {recorded['content'][:8]} and {now['content'][:8]}"
+    elif wrong:
+        proof = f"{len(wrong)} of {compared} sampled tensors differ, such as {wrong[0]}"
+    else:
+        if not matrices and (now is None or recorded != now):
+            say(
+                f"cannot tell whether {came_from or 'this model'} is the base that {folder} was trained on: its "
+                "matrices are quantized, and its files are not at hand or of another layout"
+            )
+        return
+    raise WrongBaseError(
+        f"{folder} was trained on {facts.get('base') or 'another model'}, and {came_from or type(model).__name__} is "
+        f"another: {proof}. Nothing was loaded. load(path, base=...) with the right one, or "
+        "load(..., allow_other_base=True)."
+    )
 
 
 def _sites_for(known: dict[str, Any] | None, config: Any, model: Model) -> "tuple[Site, ...]":
@@ -221,12 +300,23 @@ def _compare_sites(wanted: list[Any], sites: "tuple[Site, ...]", model: Model) -
     raise AdapterMismatchError(f"{said}. Load it on the base it was trained on. Nothing was loaded.")
 
 
-def _make_room(model: Model, rows: int | None) -> None:
+def _make_room(
+    model: Model, embeddings: int | None, tensors: "dict[str, torch.Tensor]", brought: "dict[str, rows.Rows]"
+) -> None:
     """Grow the base's embeddings, in place, to hold the new tokens that the adapter brings."""
-    now = model.get_input_embeddings().weight.shape[0] if rows else 0
-    if rows and now < rows:
-        model.resize_token_embeddings(rows)
-        say(f"the base has {now} token embeddings, the adapter was trained with {rows}: {rows - now} rows were added")
+    wanted = max([embeddings or 0, *(found.rows for found in brought.values())])
+    now = int(model.get_input_embeddings().weight.shape[0]) if wanted else 0
+    if not wanted or now >= wanted:
+        return
+    carried = max([t.shape[0] for t in tensors.values() if t.dim()] + [len(r.places) for r in brought.values()])
+    if wanted - now > carried:
+        raise AdapterMismatchError(
+            f"the adapter was trained with {wanted:,} token embeddings, the base has {now:,}, and the folder holds at "
+            f"most {carried:,} rows for the others. Nothing was loaded. load(path, base=...) with the base it was "
+            "trained on."
+        )
+    model.resize_token_embeddings(wanted)
+    say(f"the base has {now} token embeddings, the adapter was trained with {wanted}: {wanted - now} rows were added")
 
 
 def _as_modules(config: Any, model: Model) -> None:
@@ -265,34 +355,7 @@ def _base_for(
     return model
 
 
-def _compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: Model) -> None:
-    """Refuse unless the file has exactly the tensors, by name and shape, that the wrapped model expects."""
-    from peft.utils import get_peft_model_state_dict
-
-    expected = get_peft_model_state_dict(adapted, adapter_name="default", save_embedding_layers=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    shapes = [
-        f"{name} is {found[name]}, needed {wanted[name]}"
-        for name in wanted
-        if found.get(name, wanted[name]) != wanted[name]
-    ]
-    missing = sorted(set(wanted) - set(found))
-    unexpected = sorted(set(found) - set(wanted))
-    if not (shapes or missing or unexpected):
-        return
-    fitting = sum(found.get(name) == size for name, size in wanted.items())
-    parts = [f"{fitting} of {len(wanted)} tensors in {file} fit this model"]
-    if shapes:
-        parts.append(f"of another shape: {listing(shapes, 3)}")
-    if missing:
-        parts.append(f"missing: {listing(missing, 3)}")
-    if unexpected:
-        parts.append(f"without a place here: {listing(unexpected, 3)}")
-    raise AdapterMismatchError("; ".join(parts) + ". Load it on the base it was trained on. Nothing was loaded.")
-
-
-def _record(facts: dict[str, Any], model: Model, word: str, base: str | None, parameters: int | None = None) -> Record:
+def _record(facts: dict[str, Any], model: Model, word: str, base: str | None) -> Record:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return Record(
         method=str(facts.get("method", word)),
@@ -301,7 +364,8 @@ def _record(facts: dict[str, Any], model: Model, word: str, base: str | None, pa
         base=base,
         base_dtype=str(facts.get("base_dtype") or main_dtype(inner)) if word == "full" else main_dtype(inner),
         quantization=bits.of(inner) or "16bit",
-        parameters=parameters or count_parameters(model),
+        parameters=count_parameters(inner, without="default" if inner is not model else None),
         heads=tuple(facts.get("heads") or base_models.heads_of(inner)),
         facts={key: facts[key] for key in ("prefix",) if key in facts},
+        fingerprint=dict(facts.get("fingerprint") or {}),
     )
