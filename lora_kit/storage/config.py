@@ -33,9 +33,12 @@ _FOLLOWED = {
 }
 """Fields that would have PEFT follow a name in the file."""
 _SIZES = frozenset(
-    "r init_r target_r hybrid_r num_virtual_tokens token_dim encoder_hidden_size encoder_num_layers num_layers "
-    "adapter_len adapter_layers num_vectors vector_length n_frequency theta_d_length num_ranks xlora_size xlora_depth n_skills "
-    "n_splits n_tasks num_tasks depth".split()
+    [
+        *("r", "init_r", "target_r", "hybrid_r", "num_virtual_tokens", "token_dim", "encoder_hidden_size", "depth"),
+        *("encoder_num_layers", "num_layers", "adapter_len", "adapter_layers", "num_vectors", "vector_length"),
+        *("n_frequency", "theta_d_length", "num_ranks", "xlora_size", "xlora_depth", "n_skills", "n_splits"),
+        *("n_tasks", "num_tasks"),
+    ]
 )
 """Fields that say how much PEFT is to allocate."""
 _PLAIN = re.compile(r"[\w.\-]*\Z")

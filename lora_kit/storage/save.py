@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,16 @@ def save(model: Model, path: str | Path) -> Path:
         ...     sorted(file.name for file in save(model, folder).iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lora_kit.json']
     """
+    return save_with(model, path)
+
+
+def save_with(model: Model, path: str | Path, beside: Callable[[Path], Any] | None = None) -> Path:
+    """`save`, with files that `beside` writes into the folder as part of the same unit."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file ({folder.stat().st_size:,} bytes); pass a folder: save(model, 'out').")
     model = unwrapped(model)
-    units.write(folder, lambda staging: write_files(model, staging), needed=bytes_of(model))
+    units.write(folder, lambda staging: write_files(model, staging, beside=beside), needed=bytes_of(model))
     return folder
 
 
@@ -81,8 +87,13 @@ def _to_be_saved(model: Model) -> "dict[str, torch.Tensor]":
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=_embeds(model))
 
 
-def write_files(model: Model, staging: Path, extra: dict[str, Any] | None = None) -> None:
-    """Every file of a save, the manifest last; `extra` facts go into the manifest."""
+def write_files(
+    model: Model,
+    staging: Path,
+    extra: dict[str, Any] | None = None,
+    beside: Callable[[Path], Any] | None = None,
+) -> None:
+    """Every file of a save, the manifest last; `extra` facts go into it, and `beside` writes further files."""
     record = record_of(model)
     tensors = _to_be_saved(model)
     stored.refuse_non_finite(
@@ -99,6 +110,8 @@ def write_files(model: Model, staging: Path, extra: dict[str, Any] | None = None
     else:
         model.save_pretrained(staging)
         write_tokenizer(record.base, staging)
+    if beside is not None:
+        beside(staging)
     _refuse_changed(tensors, staging, moved=sharing.started_elsewhere(model))
     manifest.write(staging, {**_facts(model, record), "rows": sorted(brought), **(extra or {})})
 

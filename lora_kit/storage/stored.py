@@ -71,16 +71,16 @@ def renamed(tensors: "dict[str, torch.Tensor]", rename: dict[str, str] | None) -
     return tensors
 
 
-def places_in(adapted: Model) -> "dict[str, torch.Tensor]":
+def places_in(adapted: Model, name: str = "default") -> "dict[str, torch.Tensor]":
     """Name in a file → the tensor of the adapted model that it belongs to."""
     from peft.utils import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(adapted, adapter_name="default", save_embedding_layers=False)
+    return get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
 
 
-def compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: Model) -> None:
+def compare(file: Path, tensors: "dict[str, torch.Tensor]", adapted: Model, name: str = "default") -> None:
     """Refuse unless the file has exactly the tensors, by name, shape and kind, that the wrapped model expects."""
-    expected = places_in(adapted)
+    expected = places_in(adapted, name)
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     shapes = [
@@ -138,11 +138,11 @@ def _shared(a: list[str], b: list[str]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def refuse_changed(file: Path, tensors: "dict[str, torch.Tensor]", adapted: Model) -> None:
+def refuse_changed(file: Path, tensors: "dict[str, torch.Tensor]", adapted: Model, name: str = "default") -> None:
     """After loading: what the model holds is what the file holds."""
     import torch
 
-    held = places_in(adapted)
+    held = places_in(adapted, name)
     wrong = [n for n, t in tensors.items() if not torch.equal(held[n].detach().cpu(), t.to(held[n].dtype))]
     if wrong:
         raise AdapterMismatchError(

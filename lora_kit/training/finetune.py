@@ -16,7 +16,7 @@ from lora_kit.adaptation import adapt, base_of, record_of
 from lora_kit.errors import DataError, OptionError, listing, nearest
 from lora_kit.messages import quiet
 from lora_kit.methods import resolve
-from lora_kit.storage.save import save
+from lora_kit.storage.save import save_with
 from lora_kit.training import data as rows_from
 from lora_kit.training import metrics
 from lora_kit.training.batching import (
@@ -28,6 +28,7 @@ from lora_kit.training.batching import (
     sort_for_measuring,
     trainer_class,
 )
+from lora_kit.training.checkpointing import FOLDER, to_go_on_from, with_checkpoints
 from lora_kit.training.defaults import param_groups, training_defaults
 from lora_kit.types import Model
 
@@ -70,6 +71,9 @@ def finetune(
     method: Any = None,
     quantization: Any = None,
     output: str | Path | None = None,
+    save_every: int | None = None,
+    keep: int = 2,
+    resume: "bool | str | Path" = False,
     test_data: Any = None,
     train_rows: int | None = None,
     test_rows: int | None = None,
@@ -96,6 +100,10 @@ def finetune(
             config.
         quantization: for an id or a path: 8bit or 4bit. By default the weights stay as they are.
         output: folder to save the result in. By default it is not saved.
+        save_every: optimizer steps between checkpoints, in the folder checkpoints below output. By default none.
+        keep: checkpoints to keep.
+        resume: go on from the newest whole checkpoint below output, to the very weights that a run without a break
+            would have reached; in a program also the path of a checkpoint.
         test_data: rows to measure on. By default the data's own test part, else a tenth of the rows.
         train_rows: use the first so many training rows only.
         test_rows: measure on the first so many held-out rows only.
@@ -116,10 +124,16 @@ def finetune(
     Raises:
         DataError: data that is not there, not understood, or not for this model's task.
         OptionError: an option that is not accepted, or one for a model still to be loaded beside a loaded one.
+        ResumeError: a checkpoint without the state of a run, or of a run with other settings.
     """
     import torch
     import transformers
 
+    if output is None and (save_every is not None or resume):
+        raise OptionError(
+            f"save_every={save_every!r}, resume={resume!r}: checkpoints lie below output, which is None. Pass "
+            "output='out'."
+        )
     rows = rows_from.read(data, test=test_data, train_rows=train_rows, test_rows=test_rows, seed=seed)
     transformers.set_seed(seed)
     if isinstance(model, str | Path):
@@ -165,14 +179,18 @@ def finetune(
             seed=seed,
             callbacks=callbacks,
             training_arguments=training_arguments,
+            checkpoints=None if output is None else Path(output) / FOLDER,
+            save_every=save_every,
+            keep=keep,
         )
+        start = None if output is None else to_go_on_from(resume, Path(output) / FOLDER)
         before = measure(trainer, without_adapter=True)
-        seconds = float(trainer.train().metrics["train_runtime"])
+        done = trainer.train() if start is None else trainer.go_on_from(start)
+        seconds = float(done.metrics["train_runtime"])
         after = measure(trainer)
     saved = None
     if output is not None:
-        saved = save(adapted, output)
-        tokenizer.save_pretrained(saved)
+        saved = save_with(adapted, output, tokenizer.save_pretrained)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Finetuned(adapted, before, after, seconds, saved)
@@ -199,12 +217,17 @@ def build_trainer(
     packing: bool | None = None,
     callbacks: "list[TrainerCallback] | None" = None,
     training_arguments: dict[str, Any] | None = None,
-) -> "Trainer":
-    """A `Trainer` over these rows, ready to train and to measure; `folder` takes what Trainer writes."""
+    checkpoints: Path | None = None,
+    save_every: int | None = None,
+    keep: int = 2,
+) -> Any:
+    """A `Trainer` over these rows, ready to train and to measure; `folder` takes what Trainer writes, `checkpoints` the
+    run's, every `save_every` steps."""
     import torch
     from transformers import TrainingArguments
 
-    for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+    limits = [("epochs", epochs, 0), ("batch_size", batch_size, 1), ("max_length", max_length, 2), ("keep", keep, 1)]
+    for name, value, least in [*limits, ("save_every", save_every or 1, 1)]:
         if isinstance(value, bool) or not value >= least or not value > 0:
             raise OptionError(
                 f"{name} must be above 0" + (f" and at least {least}" if least > 1 else "") + f", got {value!r}."
@@ -237,7 +260,8 @@ def build_trainer(
         "label_names": ["labels"],
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type != "cpu",
-        "save_strategy": "no",
+        "save_strategy": "no" if save_every is None else "steps",
+        "save_steps": save_every or 1,
         "logging_strategy": "no",
         "report_to": "none",
         **training_defaults(model),
@@ -250,7 +274,21 @@ def build_trainer(
     groups = param_groups(model, learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     reduce, compute = metrics.for_task(task)
-    return trainer_class(Packer() if packed else None)(
+    kind = trainer_class(Packer() if packed else None)
+    if checkpoints is not None:
+        # what decides the steps: a run that goes on from a checkpoint must share it
+        run = {
+            "rows": len(train),
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "packing": packed,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "training_arguments": {key: str(value) for key, value in (training_arguments or {}).items()},
+        }
+        kind = with_checkpoints(kind, checkpoints, keep=keep, run=run)
+    return kind(
         model=model,
         args=TrainingArguments(output_dir=str(folder), **fields),
         data_collator=Collator(padding),
