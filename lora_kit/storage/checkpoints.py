@@ -115,7 +115,7 @@ def check(root: Path, model: Model, run: dict[str, Any]) -> dict[str, Any]:
     if wrong and hasattr(model, "get_base_model"):
         raise WrongBaseError(
             f"{root} was made on {facts.get('base') or 'another model'}, and {record.base or 'this model'} is another: "
-            f"{len(wrong)} of {len(samples)} sampled tensors differ, such as {wrong[0]}. adapt(base) with the right one."
+            f"{len(wrong)} of {len(samples)} sampled tensors differ, such as {wrong[0]}. adapt(the_right_base)."
         )
     return facts
 
