@@ -14,8 +14,15 @@ from typing import Annotated, Any
 from lora_kit import __version__, compare, finetune, merge
 from lora_kit.errors import LoraKitError, OptionError
 from lora_kit.memory.menu import menu
+from lora_kit.storage.inspection import inspect as inspect_folder
 
-VERBS: dict[str, Callable[..., Any]] = {"compare": compare, "finetune": finetune, "merge": merge, "plan": menu}
+VERBS: dict[str, Callable[..., Any]] = {
+    "compare": compare,
+    "finetune": finetune,
+    "merge": merge,
+    "plan": menu,
+    "inspect": inspect_folder,
+}
 
 # Arguments that take objects, which no command line can spell
 _PROGRAM_ONLY = ("callbacks", "tokenizer", "training_arguments", "model_kwargs")
@@ -94,7 +101,7 @@ def _command_line_type(parameter: inspect.Parameter) -> tuple[Any, Callable[[Any
         return str | None, _options
     if isinstance(parameter.default, tuple):
         return str, lambda text: tuple(part.strip() for part in text.split(",") if part.strip())
-    if parameter.annotation is bool:
+    if isinstance(parameter.default, bool):
         return bool, _same
     annotation = str(parameter.annotation)
     for word, kind in (("int", int), ("float", float)):

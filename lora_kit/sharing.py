@@ -72,6 +72,28 @@ def conflict(model: Model, name: str) -> tuple[str, str] | None:
     return None
 
 
+def untie(model: Model) -> None:
+    """Give an adapted layer whose weight another module has too, without that adapter, a weight of its own, in place.
+
+    What is added to the layer would else be added to the other (an output head tied to the input embeddings).
+    """
+    from torch import nn
+
+    base = model.get_base_model()
+    layers = {id(layer.get_base_layer()) for layer in _layers(base).values()}
+    owners: dict[int, int] = {}
+    for module in base.modules():
+        if id(module) not in layers:
+            for parameter in module._parameters.values():
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for layer in _layers(base).values():
+        inner = layer.get_base_layer()
+        weight = getattr(inner, "weight", None)
+        if weight is not None and id(weight) in owners:
+            inner.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            base.config.tie_word_embeddings = False
+
+
 def remember_start(model: Model, name: str) -> None:
     """Keep A and B as PiSSA made them, on the instance: the base has lost their product."""
     start = {}

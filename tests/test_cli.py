@@ -26,7 +26,7 @@ def run(*arguments, code=0):
 def test_help_lists_what_is_built():
     out, _ = run("--help")
     commands = re.findall(r"^  (\w+)", out.partition("Commands:")[2], re.M)
-    assert commands == ["compare", "finetune", "merge", "plan"]
+    assert commands == ["compare", "finetune", "merge", "plan", "inspect"]
     assert "--version" in out
 
 
@@ -44,7 +44,7 @@ def test_each_verb_explains_every_option(verb):
         flag = name if f" {name} " in flat else f"--{name.replace('_', '-')}"
         assert flag in out, name
         assert " ".join(text.split())[:40] in flat, name
-    assert "Annotated" not in out and "inspect" not in out
+    assert "Annotated" not in out and "inspect._" not in out
 
 
 def test_version():

@@ -170,8 +170,8 @@ def _load_adapter(
     brought = rows.read(folder) if facts.get("rows") else {}
     given = base if base is not None else recorded
     model = _base_for(folder, facts, config, given, quantization, dtype, device)
-    _refuse_other_base(facts, model, given, folder, tuple(brought), allow=allow_other_base)
     with rollback(model), _as_mismatch(folder):
+        _refuse_other_base(facts, model, given, folder, tuple(brought), allow=allow_other_base)
         _make_room(model, facts.get("embeddings"), tensors, brought)
         adapted = _wrapped(model, config, facts, folder, tensors)
         rows.put_back(model, brought)
