@@ -99,19 +99,22 @@ def kill_saves(kills: int, folder: Path, seed: int) -> dict[str, int]:
     target = folder / "adapter"
     number = [0]
 
+    def save_one(turn: int) -> None:
+        model = models[turn % len(models)]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(turn)
+        save(model, target)
+
     def loop(pipe: int) -> None:
         turn = number[0]
         while True:
             turn += 1
-            model = models[turn % len(models)]
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.fill_(turn)
-            save(model, target)
+            save_one(turn)
             os.write(pipe, f"{turn}\n".encode())
 
-    save(models[0], target)
+    save_one(0)
     for _ in range(kills):
         child, reading = in_a_child(loop)
         time.sleep(draw.uniform(0.0, 0.12))

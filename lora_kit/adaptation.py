@@ -136,6 +136,7 @@ def adapt(
 
     source = base.examine(model, task=task, dtype=dtype, device=device, model_kwargs=model_kwargs)
     bits.check(source.skeleton, quantized)
+    bits.try_out(quantized, base.device_of(source))
     heads = base.heads_of(source.skeleton)
     bits.refuse_quantized_heads(source.skeleton, heads)
     chosen.check(source.skeleton, heads)

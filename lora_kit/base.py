@@ -249,9 +249,19 @@ def _class_for(config: Any, task: str) -> Any:
     return getattr(transformers, named[0]) if named else auto
 
 
+def device_of(source: Source) -> str:
+    """Where the model will be."""
+    import torch
+
+    if source.device is not None:
+        return source.device
+    if source.path is None:
+        return str(next(source.skeleton.parameters()).device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load(source: Source, config: "BitsAndBytesConfig | None", heads: list[str]) -> "tuple[Model, list[str]]":
     """The model, quantized if asked (all but `heads`), and the paths of modules without weights in the checkpoint."""
-    import torch
 
     if source.path is None:
         model = source.skeleton if source.device is None else source.skeleton.to(source.device)
@@ -259,7 +269,7 @@ def load(source: Source, config: "BitsAndBytesConfig | None", heads: list[str]) 
             quantization.quantize_(model, config, heads)
         quantization.settle(model)
         return model, []
-    device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(source)
     kwargs: dict[str, Any] = dict(source.model_kwargs)
     if config is not None:
         from lora_kit import loading

@@ -98,7 +98,7 @@ def of_model(model: Model, without: "tuple[str, ...]" = ()) -> dict[str, Any]:
 
     from lora_kit.structure import within
 
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    embeddings = {id(m.weight): m.weight.shape[0] for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     named = [
         (name, parameter)
         for name, parameter in _of_the_base(model)
@@ -109,8 +109,8 @@ def of_model(model: Model, without: "tuple[str, ...]" = ()) -> dict[str, Any]:
         and not within(name, without)
         and getattr(parameter, "quant_state", None) is None
     ]
-    # matrices first: norms prove nothing, and a model may have many
-    matrices = [entry for entry in named if entry[1].dim() >= 2 and id(entry[1]) not in embeddings]
+    # matrices first: norms prove nothing, and a model may have many; nor does an output head, which few tunings change
+    matrices = [e for e in named if e[1].dim() >= 2 and e[1].shape[0] not in embeddings.values()]
     others = [entry for entry in named if not any(entry is other for other in matrices)]
     chosen = [*_spread(matrices, 2 * TENSORS // 3), *_spread(others, TENSORS // 3)]
     drawn = [(name, p, _places(tuple(p.shape))) for name, p in chosen]
@@ -122,7 +122,7 @@ def of_model(model: Model, without: "tuple[str, ...]" = ()) -> dict[str, Any]:
         found[name] = {
             "shape": list(parameter.shape),
             "dtype": str(parameter.dtype).removeprefix("torch."),
-            "matmul": parameter.dim() >= 2 and id(parameter) not in embeddings,
+            "matmul": any(entry[1] is parameter for entry in matrices),
             "values": [value if value == value and abs(value) < float("inf") else None for value in flat[at:][:VALUES]],
         }
         at += len(places)

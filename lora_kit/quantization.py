@@ -108,6 +108,40 @@ def check(model: Model, config: "BitsAndBytesConfig | None") -> None:
     )
 
 
+def try_out(config: "BitsAndBytesConfig | None", device: str) -> None:
+    """Quantize and unpack one small matrix on a device before gigabytes are loaded for it.
+
+    Raises:
+        UnsupportedError: bitsandbytes has no working kernels there.
+    """
+    if config is None:
+        return
+    try:
+        _round_trip(word(config), device)
+    except Exception as error:  # a missing library shows as whatever its loader raises
+        import importlib.metadata
+
+        import torch
+
+        raise UnsupportedError(
+            f"bitsandbytes {importlib.metadata.version('bitsandbytes')} cannot quantize to {word(config)} on {device}: "
+            f"{' '.join(str(error).split())[:200]} (torch {torch.__version__}, CUDA {torch.version.cuda}). Nothing was "
+            "loaded. pip install -U bitsandbytes, or leave quantization out."
+        ) from None
+
+
+@functools.lru_cache
+def _round_trip(bits: str, device: str) -> None:
+    import torch
+    from bitsandbytes import functional
+
+    matrix = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
+    if bits == "4bit":
+        functional.dequantize_4bit(*functional.quantize_4bit(matrix, quant_type="nf4"))
+    else:
+        functional.int8_vectorwise_quant(matrix.to(torch.bfloat16 if matrix.is_cpu else torch.float16))
+
+
 def refuse_quantized_heads(model: Model, heads: list[str]) -> None:
     """Raise if a head that must be trained is quantized, as transformers does to classifiers when it loads them."""
     for head in heads:

@@ -190,7 +190,7 @@ def _capped(parts: list[Part], rank: int) -> dict[str, int]:
         first, side = small[0], min(small[0].rows, small[0].columns)
         raise OptionError(
             f"rank {rank} is larger than the matrix of {first.path!r}, {first.rows} × {first.columns}; "
-            f"accepted there: 1 to {side}. Choose a smaller rank, or other target_modules."
+            f"accepted there: 1 to {side}. Write rank={side} or less, or other target_modules."
         )
     return {p.full_name: min(p.rows, p.columns) for p in small}
 

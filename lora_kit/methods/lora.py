@@ -78,7 +78,10 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         positive_integer("lora", "rank", self.rank)
         if self.alpha is not None and not self.alpha > 0:
-            raise OptionError(f"lora: alpha must be above 0 (0 would switch the adapter off), got {self.alpha!r}.")
+            raise OptionError(
+                f"lora: alpha must be above 0 (0 would switch the adapter off), got {self.alpha!r}. "
+                f"alpha={2 * self.rank} is the default."
+            )
         if not 0 <= self.dropout < 1:
             raise OptionError(f"lora: dropout must be at least 0 and below 1, got {self.dropout!r}.")
         if self.where not in TOWERS:

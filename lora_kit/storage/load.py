@@ -351,6 +351,7 @@ def _base_for(
             kwargs = base_models.head_for(facts["labels"])
     source = base_models.examine(base, task=task, dtype=dtype, device=device, model_kwargs=kwargs)
     bits.check(source.skeleton, quantized)
+    bits.try_out(quantized, base_models.device_of(source))
     model, _ = base_models.load(source, quantized, base_models.heads_of(source.skeleton))
     return model
 

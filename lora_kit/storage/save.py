@@ -25,7 +25,8 @@ def save(model: Model, path: str | Path) -> Path:
     that is killed at any moment leaves one of the two, whole. Files that belong to no save are left alone.
 
     Args:
-        model: from `adapt`, `load`, PEFT or transformers; a compiled or distributed wrapper is looked through.
+        model: from `adapt`, `load`, PEFT or transformers; a compiled or distributed wrapper is looked through. In a
+            distributed run the first process writes.
         path: folder; made if need be.
 
     Returns:
@@ -56,8 +57,17 @@ def save_with(model: Model, path: str | Path, beside: Callable[[Path], Any] | No
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file ({folder.stat().st_size:,} bytes); pass a folder: save(model, 'out').")
     model = unwrapped(model)
+    if not _writes():
+        return folder
     units.write(folder, lambda staging: write_files(model, staging, beside=beside), needed=bytes_of(model))
     return folder
+
+
+def _writes() -> bool:
+    """Whether this process is the one that writes: in a distributed run, the first."""
+    from torch import distributed
+
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def unwrapped(model: Model) -> Model:
@@ -144,6 +154,7 @@ def _refuse_changed(tensors: "dict[str, torch.Tensor]", staging: Path, *, moved:
     import torch
     from safetensors import safe_open
 
+    tensors = {_canonical(name): tensor for name, tensor in tensors.items()}
     found = set()
     for file in sorted(staging.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored_file:
@@ -154,8 +165,8 @@ def _refuse_changed(tensors: "dict[str, torch.Tensor]", staging: Path, *, moved:
                         f"{file.name}: {name}, one of {len(tensors)} tensors, was read back otherwise than it was "
                         "written. What the folder held before is as it was. save(model, another_path), elsewhere."
                     )
-    if (staging / stored.NAME).exists() and found != {_canonical(name) for name in tensors} and not moved:
-        lost = sorted({_canonical(name) for name in tensors} - found)
+    if (staging / stored.NAME).exists() and found != set(tensors) and not moved:
+        lost = sorted(set(tensors) - found)
         raise StorageError(
             f"PEFT wrote {len(found)} of {len(tensors)} tensors of the adapter (not {listing(lost, 3)}). What the "
             "folder held before is as it was. pip install -U peft, then save(model, path)."

@@ -65,7 +65,8 @@ def renamed(tensors: "dict[str, torch.Tensor]", rename: dict[str, str] | None) -
             )
         if old not in "\n".join(tensors):
             raise OptionError(
-                f"rename: none of {len(tensors)} tensors has {old!r} in its name; the file has {listing(tensors, 3)}."
+                f"rename: none of {len(tensors)} tensors has {old!r} in its name; the file has {listing(tensors, 3)}. "
+                "Write rename={'old.': 'new.'} with a part of these."
             )
         tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
     return tensors
