@@ -135,7 +135,7 @@ def put_back(root: Path, model: Model) -> None:
         tensors, name = stored.read(root), record_of(model).name
         stored.compare(root / stored.NAME, tensors, model, name)
         with as_named(model):
-            set_peft_model_state_dict(model, tensors, adapter_name=name)
+            set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
         stored.refuse_changed(root / stored.NAME, tensors, model, name)
         return
     _copy_whole(root, model)

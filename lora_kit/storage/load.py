@@ -219,7 +219,7 @@ def _wrapped(
         adapted = wrap(model, config, "default", exactly=exactly)
     stored.compare(folder / stored.NAME, tensors, adapted)
     with as_named(adapted) if exactly else nullcontext():
-        set_peft_model_state_dict(adapted, tensors, adapter_name="default")
+        set_peft_model_state_dict(adapted, dict(tensors), adapter_name="default")  # PEFT 0.18 renames in it
     stored.refuse_changed(folder / stored.NAME, tensors, adapted)
     if ours:
         sharing.share_equal_adapters(adapted, "default")
