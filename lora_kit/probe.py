@@ -186,8 +186,15 @@ def copy_leaf(module: Any, inputs: Any, output: Any) -> Any:
 
 @contextmanager
 def unchanged(model: Model) -> Iterator[None]:
-    """Modes, and whatever modules keep on themselves from one call to the next, are put back afterwards."""
+    """Modes, hooks, and whatever modules keep on themselves from one call to the next, are put back afterwards."""
     before = {module: dict(vars(module)) for module in model.modules()}
+    # transformers hangs hooks on layers that record their outputs, and marks the model: both go, or there would be two
+    hooks = [
+        (held, dict(held))
+        for attributes in before.values()
+        for name, held in attributes.items()
+        if "_hooks" in name and isinstance(held, dict)
+    ]
     # bitsandbytes moves the constants of 8-bit weights from the parameter to the layer's state at the first forward
     constants = {
         module: (module.weight.CB, module.weight.SCB, dict(vars(module.state)))
@@ -202,6 +209,9 @@ def unchanged(model: Model) -> Iterator[None]:
             for name in set(now) - set(attributes):
                 del now[name]
             now.update(attributes)
+        for held, found in hooks:
+            held.clear()
+            held.update(found)
         for module, (codes, scales, state) in constants.items():
             module.weight.CB, module.weight.SCB = codes, scales
             vars(module.state).clear()

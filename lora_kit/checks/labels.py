@@ -6,14 +6,14 @@ these checks come first.
 
 from typing import TYPE_CHECKING, Any
 
-from lora_kit.checks.report import Check, failed, passed, share, skipped, warned
+from lora_kit.checks.report import Check, failed, many, passed, share, skipped, warned
 from lora_kit.checks.subject import Subject
+from lora_kit.checks.tokens import IGNORED, are_ids, out_of_range, padded_by, start_of_text, token_ids
 from lora_kit.errors import listing
 
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100
 _SPANS = ("start_positions", "end_positions")
 
 
@@ -24,54 +24,6 @@ def of_batch(subject: Subject) -> list[Check]:
         checks += [padding(subject), end_of_text(subject)]
     checks.append(start_of_text(subject))
     return checks
-
-
-def token_ids(subject: Subject) -> Check:
-    """Ids that have an embedding, positions that have one, and an attention mask where there is padding."""
-    batch, base = subject.batch, subject.base
-    ids: Any = batch.get("input_ids")
-    for key, value in batch.items():
-        if key != "labels" and isinstance(value, list | tuple):
-            return failed(
-                "token ids",
-                f"{key} is a {type(value).__name__} of {len(value)}, not a tensor",
-                f"batch[{key!r}] = torch.tensor(batch[{key!r}])",
-            )
-    if not _is_ids(ids):
-        return skipped("token ids", "the batch has no input_ids of two dimensions")
-    limits: dict[str, int | None] = {
-        "input_ids": _rows(base.get_input_embeddings()) or getattr(subject.text_config, "vocab_size", None)
-    }
-    limits["decoder_input_ids"] = limits["input_ids"]
-    limits["token_type_ids"] = getattr(subject.text_config, "type_vocab_size", None) or None
-    for key, limit in limits.items():
-        if key in batch and limit is not None and batch[key].numel():
-            found = _out_of_range(batch[key], limit)
-            if found is not None:
-                row, value, count = found
-                return failed(
-                    "token ids",
-                    f"{key} has {count} ids outside 0 to {limit - 1}, the first of them {value} in row {row}",
-                    "make room for new tokens before adapt(): model.resize_token_embeddings(len(tokenizer))"
-                    if key != "token_type_ids"
-                    else f'batch.pop("{key}")',
-                )
-    length, places = ids.shape[1], _positions(base)
-    if places is not None and length > places:
-        return failed(
-            "token ids",
-            f"rows of {length} tokens, the model has {places} positions",
-            f"tokenizer(texts, truncation=True, max_length={places})",
-        )
-    if "attention_mask" not in batch and "position_ids" not in batch:
-        padded = [row for row in range(len(ids)) if _run(ids[row], subject.special("pad"), subject.special("eos"))]
-        if padded:
-            return warned(
-                "token ids",
-                f"no attention_mask, but {len(padded)} of {len(ids)} rows end in padding, which attention will see",
-                'batch["attention_mask"] = tokenizer(texts, padding=True, return_tensors="pt")["attention_mask"]',
-            )
-    return passed("token ids", f"{ids.shape[0]} rows of {length}, ids {int(ids.min())} to {int(ids.max())}")
 
 
 def labels(subject: Subject) -> Check:
@@ -105,7 +57,7 @@ def labels(subject: Subject) -> Check:
 
 
 def _class_labels(subject: Subject, found: "torch.Tensor") -> Check:
-    """As transformers' classifiers decide: one output is regression, integers are classes, floats are several at once."""
+    """As transformers' classifiers decide: one output is regression, integers classes, floats are several each."""
     import torch
 
     classes = int(getattr(subject.model_config, "num_labels", 0) or 0)
@@ -142,35 +94,39 @@ def _class_labels(subject: Subject, found: "torch.Tensor") -> Check:
             f"{shape}; needed is one class for each of {rows} rows, ({rows},) int64",
             'batch["labels"] = torch.tensor([row["label"] for row in rows])',
         )
-    wrong = _out_of_range(found, classes, ignored=True)
+    wrong = out_of_range(found, classes, ignored=True)
     if wrong is not None:
         row, value, count = wrong
         return failed(
             "labels",
-            f"{count} labels outside 0 to {classes - 1}, the first of them {value} in row {row}",
+            f"{many(count, 'label')} outside 0 to {classes - 1}, the first of them {value} in row {row}",
             f'adapt(path, task="classification", model_kwargs={{"num_labels": {max(int(found.max()) + 1, 2)}}})',
         )
     left = int((found != IGNORED).sum())
     if not left:
-        return failed("labels", f"all {rows} labels are -100: the loss is NaN", 'batch["labels"] = labels')
+        return failed(
+            "labels",
+            f"all {rows} labels are -100: the loss is NaN",
+            'batch["labels"] = torch.tensor([row["label"] for row in rows])',
+        )
     return passed("labels", f"{left} of {rows} rows, {len(found[found != IGNORED].unique())} of {classes} classes")
 
 
 def _token_labels(subject: Subject, found: "torch.Tensor") -> Check:
     ids: Any = subject.batch.get("input_ids")
     shape = f"{tuple(found.shape)} {_dtype(found)}"
-    alike = not subject.encodes_and_decodes and _is_ids(ids)
+    alike = not subject.encodes_and_decodes and are_ids(ids)
     if found.is_floating_point() or found.dim() != 2 or (alike and found.shape != ids.shape):
         wanted = f"{tuple(ids.shape)} int64, one a token" if alike else "(rows, tokens) int64"
         return failed("labels", f"{shape}; needed is {wanted}", 'batch["labels"] = batch["input_ids"].clone()')
     classes = _outputs(subject)
-    wrong = _out_of_range(found, classes, ignored=True) if classes else None
-    if wrong is not None:
+    wrong = out_of_range(found, classes, ignored=True) if classes else None
+    if classes and wrong is not None:
         row, value, count = wrong
         return failed(
             "labels",
-            f"{count} labels outside 0 to {classes - 1}, the first of them {value} in row {row}; what is not to be "
-            "trained is -100",
+            f"{many(count, 'label')} outside 0 to {classes - 1}, the first of them {value} in row {row}; what is not to "
+            "be trained is -100",
             'batch["labels"] = labels.masked_fill(labels < 0, -100)'
             if value < 0
             else "model.resize_token_embeddings(len(tokenizer)), before adapt()",
@@ -204,7 +160,7 @@ def padding(subject: Subject) -> Check:
         return skipped("padding", "labels are not one a token")
     if subject.encodes_and_decodes:
         pad, eos = subject.special("pad"), subject.special("eos")
-        trained = sum(_run(row, pad, eos) for row in found)
+        trained = sum(padded_by(row, pad, eos) for row in found)
         if trained:
             return failed(
                 "padding",
@@ -230,7 +186,7 @@ def end_of_text(subject: Subject) -> Check:
     name = "end of text"
     found: Any = subject.batch.get("labels")
     ids: Any = subject.batch.get("input_ids")
-    if not subject.generates or found is None or not _is_ids(ids):
+    if not subject.generates or found is None or not are_ids(ids):
         return skipped(name, "not a model that writes text")
     eos, pad = subject.special("eos"), subject.special("pad")
     if not eos:
@@ -246,90 +202,6 @@ def end_of_text(subject: Subject) -> Check:
         'end every text with tokenizer.eos_token, and mask by the mask, not by the token: batch["labels"] = '
         'batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)',
     )
-
-
-def start_of_text(subject: Subject) -> Check:
-    """Not two start tokens, which come of tokenizing text from a chat template as if it were plain."""
-    name = "start of text"
-    ids: Any = subject.batch.get("input_ids")
-    bos = subject.special("bos")
-    if not bos or not _is_ids(ids):
-        return skipped(name, "no start token is known")
-    mask: Any = subject.batch.get("attention_mask")
-    twice = 0
-    for i, row in enumerate(ids):
-        seen = row[mask[i] != 0] if mask is not None and mask.shape == ids.shape else row
-        # without a mask a start token that is the padding token too may be padding
-        if mask is None and bos & subject.special("pad"):
-            continue
-        twice += len(seen) > 1 and int(seen[0]) in bos and int(seen[1]) in bos
-    if twice:
-        token = listing(sorted(bos))
-        return warned(
-            name,
-            f"{twice} of {len(ids)} rows start with the start token {token} twice",
-            "tokenizer(text, add_special_tokens=False) where text comes from a chat template",
-        )
-    return passed(name, f"0 of {len(ids)} rows start with token {listing(sorted(bos))} twice")
-
-
-def pads_left(subject: Subject) -> "torch.Tensor | None":
-    """How many positions each row is padded by on the left, where some row is and no positions are given."""
-    ids: Any = subject.batch.get("input_ids")
-    mask: Any = subject.batch.get("attention_mask")
-    if not _is_ids(ids) or mask is None or mask.shape != ids.shape or "position_ids" in subject.batch:
-        return None
-    lead = (mask.cumsum(1) == 0).sum(1)
-    return lead if bool(lead.any()) and bool((lead < mask.shape[1]).all()) else None
-
-
-def _run(row: "torch.Tensor", pad: set[int], eos: set[int]) -> int:
-    """Length of the padding at the end of a row; one token alone may be the end of the text."""
-    values = row.tolist()
-    count = 0
-    while count < len(values) and values[-1 - count] in pad:
-        count += 1
-    return max(count - 1, 0) if pad & eos else count
-
-
-def _is_ids(value: Any) -> bool:
-    import torch
-
-    return torch.is_tensor(value) and value.dim() == 2 and not value.is_floating_point()
-
-
-def _out_of_range(ids: "torch.Tensor", limit: int, *, ignored: bool = False) -> tuple[int, int, int] | None:
-    """(row, value, how many) of what is not in 0 to limit - 1."""
-    wrong = (ids < 0) | (ids >= limit)
-    if ignored:
-        wrong &= ids != IGNORED
-    if not bool(wrong.any()):
-        return None
-    first = wrong.nonzero()[0]
-    return int(first[0]), int(ids[tuple(first)]), int(wrong.sum())
-
-
-def _rows(embedding: Any) -> int | None:
-    found = getattr(embedding, "num_embeddings", None)
-    if found is None:
-        weight = getattr(embedding, "weight", None)
-        found = weight.shape[0] if weight is not None and weight.dim() == 2 else None
-    return found
-
-
-def _positions(base: Any) -> int | None:
-    """How many positions a model with a learned embedding of them has; None for rotations, biases and the like."""
-    from torch import nn
-
-    tables = [
-        (path, module)
-        for path, module in base.named_modules()
-        if isinstance(module, nn.Embedding) and "position" in path.rpartition(".")[2]
-    ]
-    limit = getattr(base.config, "max_position_embeddings", None)
-    # some tables begin with a few rows of another use
-    sizes = [m.num_embeddings for _, m in tables if isinstance(limit, int) and limit <= m.num_embeddings <= limit + 8]
-    return min([*sizes, limit]) if sizes and limit is not None else None
 
 
 def _outputs(subject: Subject) -> int | None:

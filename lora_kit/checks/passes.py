@@ -1,19 +1,14 @@
 """A few forwards and one backward on the batch: what the model answers, what gets a gradient, where the loss goes."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_kit import probe, sharing
-from lora_kit.checks.labels import pads_left
 from lora_kit.checks.report import Check, failed, number, passed, skipped, warned
+from lora_kit.checks.running import answer, as_in_training, given, loss_of
+from lora_kit.checks.start import padding_side, start
 from lora_kit.checks.subject import Subject
-from lora_kit.checks.untouched import flags, kept
+from lora_kit.checks.untouched import kept
 from lora_kit.errors import listing
-
-if TYPE_CHECKING:
-    import torch
 
 NAMES = ("forward", "start", "padding side", "gradients", "loss")
 NUDGE = 0.01
@@ -32,13 +27,13 @@ def of_passes(subject: Subject) -> list[Check]:
 
     done: list[Check] = []
     try:
-        with _as_in_training(subject):
-            loss = _loss(_answer(subject, subject.batch))
+        with as_in_training(subject):
+            loss = loss_of(answer(subject, subject.batch))
             if loss is None:
                 return _cut_short(done, _without_loss(subject))
             value = float(loss.detach())
             del loss
-            done.append(passed("forward", f"{_given(subject.batch)} → loss {number(value)}"))
+            done.append(passed("forward", f"{given(subject.batch)} → loss {number(value)}"))
             done.append(start(subject))
             done.append(padding_side(subject))
             if not math.isfinite(value):
@@ -50,7 +45,7 @@ def of_passes(subject: Subject) -> list[Check]:
             done[:0],
             failed(
                 "forward",
-                f"out of memory: {first}; given: {_given(subject.batch)}",
+                f"out of memory: {first}; given: {given(subject.batch)}",
                 f'print(plan(base, "{subject.record.method}")), or rows = batch_size // 2 with twice the accumulation',
             ),
         )
@@ -60,110 +55,11 @@ def of_passes(subject: Subject) -> list[Check]:
             done[:0],
             failed(
                 "forward",
-                f"{type(error).__name__}: {lines[-1].strip()[:300]}; given: {_given(subject.batch)}",
+                f"{type(error).__name__}: {lines[-1].strip()[:300]}; given: {given(subject.batch)}",
                 _about_arguments(subject),
             ),
         )
     return done
-
-
-def start(subject: Subject) -> Check:
-    """A new adapter changes nothing yet; one that was loaded does."""
-    name = "start"
-    if not subject.adapted:
-        return skipped(name, "there is no adapter")
-    if subject.is_prompt:
-        return skipped(name, "keys and values in front change the output from the start")
-    if sharing.started_elsewhere(subject.model):
-        return skipped(name, "PiSSA starts from a part of the base's weights")
-    if any(getattr(module, "merged", False) is True for module in subject.base.modules()):
-        return skipped(name, "the adapter is merged; taking it out would round the base")
-    with_adapter = _logits(subject)
-    with flags(subject.model), subject.model.disable_adapter():
-        without = _logits(subject)
-    if with_adapter is None or without is None:
-        return skipped(name, "the model gives no logits")
-    largest = float(without.abs().max())
-    difference = float((with_adapter - without).abs().max()) / max(largest, 1e-30)
-    blank, total = _blank(subject)
-    if 0 < blank < total:
-        return warned(
-            name,
-            f"{blank} of {total} LoRA layers are still at their start (B is zero), the others are trained: part of a "
-            "file did not fit, or no token ever reached them",
-            "model = load(path, base, train=True), which refuses a file that does not fit",
-        )
-    if total and blank == total and subject.config.inference_mode:
-        return failed(
-            name,
-            f"loaded onto nothing: all {total} LoRA layers are at their start (B is zero), so this is the base alone",
-            "model = load(path, base, train=True), which refuses a file that does not fit",
-        )
-    if difference <= _tolerance(subject):
-        return passed(name, f"gives the base's logits (largest difference {number(difference)} of the largest logit)")
-    if total and blank == total:
-        return failed(
-            name,
-            f"B is zero in all {total} LoRA layers, and still logits differ from the base's by {number(difference)} of "
-            "the largest: something beside the adapter is not the base's",
-            "model = adapt(base)",
-        )
-    return skipped(name, f"the adapter has been trained: it changes logits by {number(difference)} of the largest")
-
-
-def _blank(subject: Subject) -> tuple[int, int]:
-    """(LoRA layers one of whose two factors is zero, all of them); for embeddings that is A, elsewhere B."""
-    name = subject.record.name
-    blank = 0
-    for layer in subject.lora_layers.values():
-        factors = [
-            holder[name]
-            for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-            if name in (holder := getattr(layer, kind, {}))
-        ]
-        blank += any(not bool(getattr(factor, "weight", factor).detach().any()) for factor in factors)
-    return blank, len(subject.lora_layers)
-
-
-def padding_side(subject: Subject) -> Check:
-    """Padding on the left gives what padding on the right gives, or positions are wrong."""
-    import torch
-
-    name = "padding side"
-    lead = pads_left(subject)
-    if lead is None:
-        return passed(name, "0 rows are padded on the left, or positions are given")
-    rows = [int(row) for row in lead.nonzero().flatten()[:2]]
-    ids = subject.batch["input_ids"]
-    chosen = {
-        key: value[rows] if torch.is_tensor(value) and value.dim() and len(value) == len(ids) else value
-        for key, value in subject.batch.items()
-    }
-    turned = dict(chosen)
-    for key, value in chosen.items():
-        if (
-            torch.is_tensor(value)
-            and value.shape == ids[rows].shape
-            and not (key == "labels" and subject.encodes_and_decodes)
-        ):
-            turned[key] = torch.stack([row.roll(-int(lead[i])) for i, row in zip(rows, value, strict=True)])
-    left, right = _logits(subject, chosen), _logits(subject, turned)
-    if left is None or right is None:
-        return skipped(name, "the model gives no logits")
-    worst, largest = 0.0, float(right.abs().max())
-    for at, i in enumerate(rows):
-        skip = int(lead[i]) if left.dim() == 3 and left.shape[1] == ids.shape[1] else 0
-        size = left[at].shape[0] - skip
-        worst = max(worst, float((left[at][skip:] - right[at][:size]).abs().max()) / max(largest, 1e-30))
-    count = int((lead > 0).sum())
-    if worst > 10 * _tolerance(subject):
-        return failed(
-            name,
-            f"{count} of {len(ids)} rows are padded on the left, where this model counts positions from the padding: "
-            f"logits are off by {number(worst)} of the largest",
-            'tokenizer.padding_side = "right"',
-        )
-    return passed(name, f"{count} of {len(ids)} rows are padded on the left; logits are those of right padding")
 
 
 def _gradients_and_loss(subject: Subject, value: float) -> list[Check]:
@@ -186,7 +82,7 @@ def _gradients_and_loss(subject: Subject, value: float) -> list[Check]:
                 )
                 p.copy_(NUDGE * noise)
         scale = FLOAT16_SCALE if sixteen else 1.0
-        loss = _loss(_answer(subject, subject.batch))
+        loss = loss_of(answer(subject, subject.batch))
         if loss is None or not loss.requires_grad:
             return _cut_short([], _no_gradient(subject))
         (loss * scale).backward()
@@ -226,7 +122,7 @@ def gradients(subject: Subject, scale: float) -> Check:
         return failed(
             name,
             f"all {len(trained)} gradients are exactly zero: the loss does not depend on what is trained",
-            "print(lora_kit.verify(model, batch)) after model = adapt(base), or see what the forward detaches",
+            "model = adapt(base), and see what the forward detaches or multiplies by zero",
         )
     return warned(
         name,
@@ -315,104 +211,15 @@ def _loss_at(subject: Subject, chosen: list[Any], pull: dict[int, Any], step: fl
                 before = p.detach().to(torch.float32, copy=True)
                 p.copy_(before + step * pull[id(p)].float())
                 way += float(((p.detach().float() - before) * pull[id(p)].float()).sum())
-        loss = _loss(_answer(subject, subject.batch))
+        loss = loss_of(answer(subject, subject.batch))
         return (float("nan") if loss is None else float(loss.detach())), way
-
-
-# ---- running the model
-
-
-@contextmanager
-def _as_in_training(subject: Subject) -> Iterator[None]:
-    """Training mode, if only for now, with gradients; what the forward warns of it says again in training."""
-    import warnings
-
-    import torch
-
-    from lora_kit.messages import quiet
-
-    with warnings.catch_warnings(), quiet("bitsandbytes.autograd._functions", "transformers.modeling_utils"):
-        warnings.simplefilter("ignore")
-        with torch.inference_mode(False), torch.enable_grad(), probe.unchanged(subject.model):
-            if not subject.model.training:
-                subject.model.train()
-            yield
-
-
-def _answer(subject: Subject, batch: dict[str, Any]) -> Any:
-    """What the model gives; random parts are drawn the same way each time."""
-    import torch
-
-    torch.manual_seed(0)
-    return subject.model(**batch)
-
-
-def _loss(output: Any) -> "torch.Tensor | None":
-    found = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    if found is None and isinstance(output, tuple) and output and getattr(output[0], "dim", lambda: 1)() == 0:
-        found = output[0]
-    return found.mean() if found is not None and found.dim() else found
-
-
-def _logits(subject: Subject, batch: dict[str, Any] | None = None) -> "torch.Tensor | None":
-    """Logits in evaluation mode, in float32, of the batch or of its beginning."""
-    import torch
-
-    with probe.unchanged(subject.model), torch.no_grad():
-        subject.model.eval()
-        output = _answer(subject, beginning(subject) if batch is None else batch)
-    items = output.items() if isinstance(output, dict) else enumerate(output if isinstance(output, tuple) else [output])
-    tensors = {
-        str(key): value for key, value in items if torch.is_tensor(value) and value.is_floating_point() and value.dim()
-    }
-    found = next((value for key, value in tensors.items() if "logits" in key), next(iter(tensors.values()), None))
-    return None if found is None else found.float()
-
-
-def beginning(subject: Subject) -> dict[str, Any]:
-    """Four rows of the batch, of text 128 tokens: all logits may not fit where training's chunked loss does."""
-    import torch
-
-    batch = subject.batch
-    ids = batch.get("input_ids")
-    plain = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "use_cache"}
-    if not torch.is_tensor(ids) or set(batch) - plain or pads_left(subject) is not None:
-        return batch
-    short = {key: value[:4] if torch.is_tensor(value) and value.dim() else value for key, value in batch.items()}
-    if subject.generates:
-        short = {k: v[:, :128] if torch.is_tensor(v) and v.dim() == 2 else v for k, v in short.items()}
-    return short
-
-
-def _tolerance(subject: Subject) -> float:
-    import torch
-
-    exact = subject.record.quantization == "16bit" and all(
-        p.dtype in (torch.float32, torch.float64) for p in subject.model.parameters()
-    )
-    return 1e-4 if exact else 0.02
-
-
-# ---- words
-
-
-def _given(batch: dict[str, Any]) -> str:
-    import torch
-
-    parts = []
-    for key, value in batch.items():
-        what = (
-            f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" if torch.is_tensor(value) else repr(value)
-        )
-        parts.append(f"{key} {what[:60]}")
-    return listing(parts, 6)
 
 
 def _without_loss(subject: Subject) -> Check:
     return failed(
         "forward",
-        f"{type(subject.base).__name__} gave no loss; given: {_given(subject.batch)}",
-        'batch["labels"] = labels',
+        f"{type(subject.base).__name__} gave no loss; given: {given(subject.batch)}",
+        'batch["labels"] = labels, by the name that the model has for them',
     )
 
 
@@ -422,7 +229,9 @@ def _not_finite(subject: Subject, value: float) -> Check:
     return failed(
         "loss",
         f"the loss of this batch is {value} ({dtype} base){overflow}",
-        'adapt(path, dtype="bfloat16")' if overflow else 'print(batch["labels"]), and see weights',
+        'adapt(path, dtype="bfloat16")'
+        if overflow
+        else "model = adapt(path), from files that are whole, or another batch: verify(model, next(batches))",
     )
 
 

@@ -136,6 +136,11 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def many(count: int, word: str) -> str:
+    """`"1 label"`, `"4 labels"`."""
+    return f"{count:,} {word}" + "s" * (count != 1)
+
+
 def share(value: float) -> str:
     """A share of 1 in per cent: `0.0 %`, `0.03 %`, `87 %`."""
     return f"{100 * value:.2g} %" if value < 0.995 else "100 %"

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_kit.checks.passes import beginning
 from lora_kit.checks.report import Check, failed, passed, skipped
+from lora_kit.checks.running import as_in_training, beginning, logits_of
 from lora_kit.checks.subject import Subject
 from lora_kit.errors import LoraKitError, listing
 from lora_kit.methods.native import as_named
@@ -46,9 +46,7 @@ def save_and_load(subject: Subject) -> Check:
     except LoraKitError as error:
         if isinstance(error.__cause__, OSError):
             return skipped(NAME, f"the temporary folder cannot be written: {error.__cause__}")
-        return failed(
-            NAME, f"save() refused, 0 files written: {error}", "print(verify(model, batch)) after correcting that"
-        )
+        return failed(NAME, f"save() refused, 0 files written: {error}", "save(model, path), after correcting that")
 
 
 def _keys_of_another_model(subject: Subject) -> Check | None:
@@ -87,7 +85,7 @@ def _compare(subject: Subject, folder: Path, size: int) -> Check:
         return failed(
             NAME,
             f"{len(wrong)} of {len(found)} tensors in the file differ from those in memory ({listing(wrong, 1)})",
-            "save(model.contiguous() if wrapped, path), and look at the disk",
+            "save(model, path) on another disk: the temporary folder gives back other bytes",
         )
     strange = [name for name in found if name not in memory]
     places = {memory[name].data_ptr() for name in found if name in memory}
@@ -143,11 +141,9 @@ def _put_back(subject: Subject, found: "dict[str, torch.Tensor]", same: str) -> 
 
 
 def _eval_logits(subject: Subject) -> "torch.Tensor | None":
-    from lora_kit.checks.passes import _as_in_training, _logits
-
     try:
-        with _as_in_training(subject):
-            return _logits(subject, beginning(subject))
+        with as_in_training(subject):
+            return logits_of(subject, beginning(subject))
     except Exception:  # the batch was found wanting already
         return None
 

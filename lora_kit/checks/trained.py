@@ -122,12 +122,14 @@ def heads(subject: Subject) -> Check:
         return (
             passed("heads", f"trained whole: {listing(map(repr, paths))}") if paths else passed(name, "0: it has none")
         )
-    path, (still, total, new) = next(iter(frozen.items()))
-    found = f"{still:,} of {total:,} parameters of the head {path!r} are frozen"
+    path, (count, total, new) = next(iter(frozen.items()))
+    found = f"{count:,} of {total:,} parameters of the head {path!r} are frozen"
     remedy = 'adapt(model, "lora"), or in plain PEFT LoraConfig(task_type="SEQ_CLS", modules_to_save=' + f"[{path!r}])"
     if not new:
         return warned(name, f"{found}; its biases are not zero, so it may have been trained before", remedy)
-    return failed(name, f"{found}, and its biases are zero: it is new, and neither trained nor saved", remedy)
+    return failed(
+        name, f"{found}, and no bias in it is other than zero: it is new, and neither trained nor saved", remedy
+    )
 
 
 def targets(subject: Subject) -> Check:

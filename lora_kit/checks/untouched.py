@@ -92,11 +92,16 @@ def _buffers(model: Model) -> Iterator[None]:
 
 @contextmanager
 def _storage(model: Model) -> Iterator[None]:
-    """Where a forward gives a parameter another storage (bitsandbytes casts biases), it gets its own back."""
+    """Where a forward gives a parameter another storage (bitsandbytes casts biases), or a module another parameter
+    (PEFT's DoRA on quantized weights on a CPU), each gets its own back."""
+    held = [(m._parameters, dict(m._parameters)) for m in model.modules()]
     before = [(p, p.data, dict(vars(p))) for p in model.parameters() if not p.is_meta]
     try:
         yield
     finally:
+        for places, found in held:
+            places.clear()
+            places.update(found)
         for parameter, data, attributes in before:
             if parameter.data_ptr() != data.data_ptr() or parameter.dtype != data.dtype:
                 parameter.data = data

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lora_kit import sharing
-from lora_kit.checks.report import Check, failed, passed, share, skipped, warned
+from lora_kit.checks.report import Check, failed, many, passed, share, skipped, warned
 from lora_kit.checks.subject import Subject
 from lora_kit.errors import listing
 from lora_kit.methods import Native
@@ -31,7 +31,7 @@ def finite(subject: Subject) -> Check:
         mine = [path for path in bad if path in subject.trained]
         return failed(
             name,
-            f"{len(bad)} tensors hold NaN or infinite numbers: {listing(bad, 3)}",
+            f"{many(len(bad), 'tensor')} with NaN or infinite numbers: {listing(bad, 3)}",
             "model = load(last_good_folder, base, train=True)"
             if mine
             else "model = adapt(path), from files that are whole",
