@@ -125,8 +125,8 @@ def _token_labels(subject: Subject, found: "torch.Tensor") -> Check:
         row, value, count = wrong
         return failed(
             "labels",
-            f"{many(count, 'label')} outside 0 to {classes - 1}, the first of them {value} in row {row}; what is not to "
-            "be trained is -100",
+            f"{many(count, 'label')} outside 0 to {classes - 1}, the first of them {value} in row {row}; what is not "
+            "to be trained is -100",
             'batch["labels"] = labels.masked_fill(labels < 0, -100)'
             if value < 0
             else "model.resize_token_embeddings(len(tokenizer)), before adapt()",
