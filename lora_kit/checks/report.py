@@ -4,7 +4,16 @@ import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_kit.errors import DataError, LoraKitError, NonFiniteError, NothingToTrainError, UnsupportedError
+from lora_kit.errors import (
+    DataError,
+    LoraKitError,
+    NonFiniteError,
+    NothingToTrainError,
+    OptionError,
+    UnsupportedError,
+    listing,
+    nearest,
+)
 
 Status = Literal["passed", "warned", "failed", "skipped"]
 MARKS: dict[str, str] = {"passed": "✓", "warned": "!", "failed": "✗", "skipped": "–"}
@@ -87,7 +96,11 @@ class Report:
         return not self.failed
 
     def __getitem__(self, name: str) -> Check:
-        return next(check for check in self.checks if check.name == name)
+        for check in self.checks:
+            if check.name == name:
+                return check
+        names = [check.name for check in self.checks]
+        raise OptionError(f"no check is called {name!r}; there are: {listing(names, 30)}.{nearest(name, names)}")
 
     def __str__(self) -> str:
         counts = ", ".join(f"{len(found)} {status}" for status in MARKS if (found := self._of(status)))

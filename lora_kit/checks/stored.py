@@ -99,7 +99,8 @@ def _compare(subject: Subject, folder: Path, size: int) -> Check:
     same += f" ({size / 1e6:,.1f} MB)"
     if strange and not subject.adapted:
         same += f"; {len(strange)} go by other names there"
-    if not subject.adapted or (subject.is_prompt and hasattr(_encoder(subject), "seeds")):
+    if not subject.adapted or (subject.is_prompt and len(list(_encoder(subject).parameters())) > 1):
+        # keys and values that a network computes are saved, the network is not
         return passed(NAME, same)
     return _put_back(subject, found, same)
 
@@ -118,8 +119,14 @@ def _put_back(subject: Subject, found: "dict[str, torch.Tensor]", same: str) -> 
             for p in subject.trained.values():
                 p.add_(0.1 if p.is_floating_point() else 0)
         spoiled = _eval_logits(subject)
-        with as_named(model) if ours else nullcontext():
-            set_peft_model_state_dict(model, found, adapter_name=record.name)
+        try:
+            with as_named(model) if ours else nullcontext():
+                set_peft_model_state_dict(model, found, adapter_name=record.name)
+        except Exception as error:  # whatever PEFT raises that does not like its own file
+            last = str(error).strip().splitlines()[-1].strip()
+            return failed(
+                NAME, f"PEFT cannot load the {len(found)} tensors that it wrote: {last}", "model = adapt(base)"
+            )
         again = _eval_logits(subject)
         wrong = [path for path, p in subject.trained.items() if not _same_bits(p.detach(), before[path])]
     finally:

@@ -212,16 +212,23 @@ def kept(subject: Subject) -> Check:
 def tied(subject: Subject) -> Check:
     """Input embeddings and output head that are one weight: an adapter on one side would be merged into both."""
     name = "tied weights"
-    sides = _sides(subject.base)
-    if sides is None:
-        return skipped(name, "input embeddings and output head are not one weight")
-    shared, paths, carries, whole = sides
     clash = sharing.conflict(subject.model, subject.record.name) if subject.adapted else None
     if clash is not None:
         return warned(
             name,
             f"2 layers on one weight, {clash[0]} and {clash[1]}, carry different adapters; merge() will refuse",
-            "adapt(model), which leaves the head alone",
+            "adapt(base), which gives layers on one weight one adapter",
+        )
+    sides = _sides(subject.base)
+    if sides is None:
+        return skipped(name, "input embeddings and output head are not one weight")
+    paths, carries, whole, apart = sides
+    if all(carries) and apart:
+        return warned(
+            name,
+            f"2 sides of a shared weight, {paths[0]} and {paths[1]}, carry an adapter each; merging "
+            "would add both to both",
+            "adapt(model), which leaves the head alone; or keep the adapters apart: save(model, path)",
         )
     if carries[0] != carries[1]:
         with_, without = paths[::-1] if carries[1] else paths
@@ -231,20 +238,17 @@ def tied(subject: Subject) -> Check:
             "change both",
             "adapt(model), which leaves the head alone; or keep the adapter apart: save(model, path)",
         )
-    if whole[0] != whole[1]:
-        with_, without = paths[::-1] if whole[1] else paths
-        return warned(
-            name,
-            f"1 of 2 sides of a shared weight is trained whole: {with_} becomes a weight of its own, {without} stays",
-            f'LoraConfig(modules_to_save=["{_leaf(paths[0])}", "{_leaf(paths[1])}"])',
-        )
-    if not shared:
-        return skipped(name, "input embeddings and output head are not one weight")
-    return passed(name, f"{paths[0]} and {paths[1]} are one weight, treated as one")
+    if any(whole):
+        own = listing(path for path, trained in zip(paths, whole, strict=True) if trained)
+        return passed(name, f"{sum(whole)} of 2 sides trained whole ({own}), saved and merged as a weight of its own")
+    return passed(name, f"{paths[0]} and {paths[1]} are 1 weight, treated as 1")
 
 
-def _sides(base: Model) -> tuple[bool, list[str], list[bool], list[bool]] | None:
-    """(whether the base's weights are one, paths, whether each carries an adapter, whether each is trained apart)."""
+def _sides(base: Model) -> tuple[list[str], list[bool], list[bool], bool] | None:
+    """(paths, whether each carries an adapter, whether each is trained whole, whether they share nothing trained).
+
+    None where input embeddings and output head are not one weight in the base.
+    """
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
@@ -265,9 +269,7 @@ def _sides(base: Model) -> tuple[bool, list[str], list[bool], list[bool]] | None
         whole.append(isinstance(part, ModulesToSaveWrapper))
         inner = part.original_module if whole[-1] else part.get_base_layer() if carries[-1] else part
         weights.append(getattr(inner, "weight", None))
-    shared = weights[0] is not None and weights[1] is not None and weights[0].data_ptr() == weights[1].data_ptr()
-    return (shared, paths, carries, whole) if shared else None
-
-
-def _leaf(path: str) -> str:
-    return path.rpartition(".")[2]
+    if weights[0] is None or weights[1] is None or weights[0].data_ptr() != weights[1].data_ptr():
+        return None
+    mine, other = ({p.data_ptr() for p in part.parameters() if p.requires_grad} for part in pair)
+    return paths, carries, whole, not mine & other
