@@ -59,7 +59,7 @@ def stops_gradients(model: Model) -> bool:
         return False
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     heads = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
-    with _unchanged(model), _frozen(heads), torch.random.fork_rng(devices), torch.enable_grad():
+    with unchanged(model), _frozen(heads), torch.random.fork_rng(devices), torch.enable_grad():
         model.train()
         for inputs in trial_inputs(inner):
             try:
@@ -160,7 +160,7 @@ def trial(model: Model) -> Iterator[None]:
 
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with standins.runnable(model) if standins.needed(model) else nullcontext():
-        with _unchanged(model), _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad():
+        with unchanged(model), _as_it_was(model), torch.random.fork_rng(devices), torch.enable_grad():
             torch.manual_seed(0)
             with _no_leaves(model):
                 yield
@@ -185,9 +185,22 @@ def copy_leaf(module: Any, inputs: Any, output: Any) -> Any:
 
 
 @contextmanager
-def _unchanged(model: Model) -> Iterator[None]:
-    """Modes, and whatever modules keep on themselves from one call to the next, are put back afterwards."""
+def unchanged(model: Model) -> Iterator[None]:
+    """Modes, hooks, and whatever modules keep on themselves from one call to the next, are put back afterwards."""
     before = {module: dict(vars(module)) for module in model.modules()}
+    # transformers hangs hooks on layers that record their outputs, and marks the model: both go, or there would be two
+    hooks = [
+        (held, dict(held))
+        for attributes in before.values()
+        for name, held in attributes.items()
+        if "_hooks" in name and isinstance(held, dict)
+    ]
+    # bitsandbytes moves the constants of 8-bit weights from the parameter to the layer's state at the first forward
+    constants = {
+        module: (module.weight.CB, module.weight.SCB, dict(vars(module.state)))
+        for module in before
+        if type(getattr(module, "weight", None)).__name__ == "Int8Params" and hasattr(module, "state")
+    }
     try:
         yield
     finally:
@@ -196,6 +209,13 @@ def _unchanged(model: Model) -> Iterator[None]:
             for name in set(now) - set(attributes):
                 del now[name]
             now.update(attributes)
+        for held, found in hooks:
+            held.clear()
+            held.update(found)
+        for module, (codes, scales, state) in constants.items():
+            module.weight.CB, module.weight.SCB = codes, scales
+            vars(module.state).clear()
+            vars(module.state).update(state)
 
 
 @contextmanager
@@ -212,23 +232,10 @@ def _frozen(parameters: "list[torch.nn.Parameter]") -> Iterator[None]:
 
 @contextmanager
 def _as_it_was(model: Model) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; modes and `requires_grad` as before outside."""
-    modes = list(model.modules())
-    grads = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # bitsandbytes moves the constants of 8-bit weights from the parameter to the layer at the first forward
-    constants = {
-        module: (module.weight.CB, module.weight.SCB)
-        for module in modes
-        if type(getattr(module, "weight", None)).__name__ == "Int8Params" and module.weight.SCB is not None
-    }
+    """Evaluation mode and frozen parameters inside; `requires_grad` as before outside."""
     model.eval()
-    try:
-        with _frozen(grads):
-            yield
-    finally:
-        for module, (codes, scales) in constants.items():
-            module.weight.CB, module.weight.SCB = codes, scales
-            module.state.CB = module.state.SCB = None
+    with _frozen([parameter for parameter in model.parameters() if parameter.requires_grad]):
+        yield
 
 
 def trial_inputs(
