@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_kit.adaptation import adapt as adapt
+    from lora_kit.checks.report import Report as Report
+    from lora_kit.checks.verify import verify as verify
     from lora_kit.comparison.matrix import compare as compare
     from lora_kit.errors import LoraKitError as LoraKitError
     from lora_kit.memory.plan import plan as plan
@@ -38,6 +40,8 @@ _HOMES = {
     "plan": "lora_kit.memory.plan",
     "choose": "lora_kit.memory.auto",
     "MemoryPlan": "lora_kit.memory.result",
+    "verify": "lora_kit.checks.verify",
+    "Report": "lora_kit.checks.report",
     "save": "lora_kit.storage.save",
     "load": "lora_kit.storage.load",
     "merge": "lora_kit.storage.merge",
@@ -56,6 +60,8 @@ __all__ = [
     "METHODS",
     "plan",
     "MemoryPlan",
+    "verify",
+    "Report",
     "save",
     "load",
     "merge",

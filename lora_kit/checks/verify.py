@@ -47,7 +47,6 @@ def verify(
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from lora_kit import adapt
-        >>> from lora_kit.checks.verify import verify
         >>> config = LlamaConfig(
         ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
         ... )

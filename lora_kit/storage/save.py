@@ -154,7 +154,7 @@ def _refuse_changed(tensors: "dict[str, torch.Tensor]", staging: Path, *, moved:
     import torch
     from safetensors import safe_open
 
-    tensors = {_canonical(name): tensor for name, tensor in tensors.items()}
+    tensors = {canonical(name): tensor for name, tensor in tensors.items()}
     found = set()
     for file in sorted(staging.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored_file:
@@ -205,7 +205,7 @@ def _write_adapter(model: Model, name: str, staging: Path) -> None:
     _name_as_not_compiled(staging)
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
     """A name as it is without `torch.compile` around a part of the model."""
     return name.replace("._orig_mod", "").removeprefix("_orig_mod.")
 
@@ -216,12 +216,12 @@ def _name_as_not_compiled(folder: Path) -> None:
 
     file = folder / stored.NAME
     tensors = load_file(file)
-    if all(_canonical(name) == name for name in tensors):
+    if all(canonical(name) == name for name in tensors):
         return
-    save_file({_canonical(name): tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    save_file({canonical(name): tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
     described = folder / settings.NAME
     text = described.read_text()
-    described.write_text(_canonical(text))
+    described.write_text(canonical(text))
 
 
 def _move_to_the_unchanged_base(model: Model, folder: Path) -> None:

@@ -78,7 +78,7 @@ def naming(folder: Path) -> Iterator[None]:
         raise StorageError(
             f"{folder} cannot be written: {error}{free}. What it held before is as it was; free some space, or "
             "save(model, another_path)."
-        ) from None
+        ) from error
 
 
 def current(folder: Path) -> Path:
