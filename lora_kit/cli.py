@@ -15,10 +15,12 @@ from lora_kit import __version__, compare, finetune, merge
 from lora_kit.errors import LoraKitError, OptionError
 from lora_kit.memory.menu import menu
 from lora_kit.storage.inspection import inspect as inspect_folder
+from lora_kit.training.preflight import preflight
 
 VERBS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "finetune": finetune,
+    "verify": preflight,
     "merge": merge,
     "plan": menu,
     "inspect": inspect_folder,
@@ -133,11 +135,14 @@ def _options(text: str | None) -> dict[str, Any]:
 
 
 def _show(result: Any) -> None:
-    """Print what a verb returned; a comparison with a run that did not finish ends with exit code 1."""
+    """Print what a verb returned; a run that did not finish, or a check that failed, ends with exit code 1."""
+    from lora_kit.checks.report import Report
     from lora_kit.comparison.matrix import Comparison
 
     if not isinstance(result, Comparison):
         print(result)
+        if isinstance(result, Report) and not result.ok:
+            sys.exit(1)
         return
     from rich.console import Console
 

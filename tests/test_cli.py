@@ -26,7 +26,7 @@ def run(*arguments, code=0):
 def test_help_lists_what_is_built():
     out, _ = run("--help")
     commands = re.findall(r"^  (\w+)", out.partition("Commands:")[2], re.M)
-    assert commands == ["compare", "finetune", "merge", "plan", "inspect"]
+    assert commands == ["compare", "finetune", "verify", "merge", "plan", "inspect"]
     assert "--version" in out
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lora_kit.adaptation import base_of, record_of
-from lora_kit.errors import OptionError, UnsupportedError
+from lora_kit.errors import NothingToTrainError, OptionError
 from lora_kit.methods import METHODS, Method, Native
 from lora_kit.types import Model
 
@@ -36,7 +36,7 @@ def param_groups(model: Model, lr: float | None = None) -> list[dict[str, Any]]:
         Groups for any torch optimizer: `params`, `lr`, `weight_decay`, and a `name` for logs.
 
     Raises:
-        UnsupportedError: nothing in the model is trainable.
+        NothingToTrainError: nothing in the model is trainable.
 
     Example:
         >>> import torch
@@ -68,8 +68,10 @@ def param_groups(model: Model, lr: float | None = None) -> list[dict[str, Any]]:
         group = {"params": [], "lr": step, "weight_decay": decay, "name": key}
         groups.setdefault(key, group)["params"].append(parameter)
     if not groups:
-        raise UnsupportedError(
-            "nothing in this model is trainable. Call adapt(model, ...), or load(path, ..., train=True) to go on."
+        frozen = sum(1 for _ in model.parameters())
+        raise NothingToTrainError(
+            f"nothing in this model is trainable: all {frozen} tensors are frozen. Call adapt(model, ...), or "
+            "load(path, ..., train=True) to go on."
         )
     return list(groups.values())
 

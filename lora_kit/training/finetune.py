@@ -137,17 +137,8 @@ def finetune(
     rows = rows_from.read(data, test=test_data, train_rows=train_rows, test_rows=test_rows, seed=seed)
     transformers.set_seed(seed)
     if isinstance(model, str | Path):
+        adapted = adapted_for(rows, model, method, quantization, dtype=dtype, device=device, options=options)
         tokenizer = tokenizer or base.tokenizer_of(str(model))
-        chosen = resolve(method or "lora", options).start_from(rows.texts(20))
-        adapted = adapt(
-            str(model),
-            chosen,
-            quantization=quantization,
-            task=TASK_OF_KIND[rows.kind],
-            dtype=dtype,
-            device=device,
-            model_kwargs=head_for(rows),
-        )
     else:
         given = {"method": method, "quantization": quantization, **options} | (
             {} if dtype == "auto" else {"dtype": dtype}
@@ -194,6 +185,28 @@ def finetune(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Finetuned(adapted, before, after, seconds, saved)
+
+
+def adapted_for(
+    rows: rows_from.Rows,
+    model: str | Path,
+    method: Any,
+    quantization: Any,
+    *,
+    dtype: Any,
+    device: str | None,
+    options: dict[str, Any],
+) -> Model:
+    """A hub id or path as a model ready to train on these rows."""
+    return adapt(
+        str(model),
+        resolve(method or "lora", options).start_from(rows.texts(20)),
+        quantization=quantization,
+        task=TASK_OF_KIND[rows.kind],
+        dtype=dtype,
+        device=device,
+        model_kwargs=head_for(rows),
+    )
 
 
 def head_for(rows: rows_from.Rows) -> dict[str, Any] | None:
