@@ -54,18 +54,27 @@ class AdamW(torch.optim.AdamW):
         if getattr(self, "grad_scale", None) is not None:
             raise ValueError("a GradScaler is for float16; train bfloat16 weights without one.")
         for group in self.param_groups:
-            columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
-            self._init_group(group, *columns)
-            plain: tuple[list[Any], ...] = ([], [], [], [], [], [])
-            for number, weight in enumerate(columns[0]):
-                if weight.dtype == torch.bfloat16:
-                    _update(weight, *(columns[i][number] for i in (1, 2, 3, 5)), group)
-                    continue
-                for column, found in zip(plain, columns, strict=True):
-                    column += found[number : number + 1]
-            if plain[0]:
+            weights: list[Tensor] = []
+            grads: list[Tensor] = []
+            means: list[Tensor] = []
+            squares: list[Tensor] = []
+            steps: list[Tensor] = []
+            self._init_group(group, weights, grads, means, squares, [], steps)
+            plain: list[tuple[Tensor, ...]] = []
+            for entry in zip(weights, grads, means, squares, steps, strict=True):
+                if entry[0].dtype == torch.bfloat16:
+                    _update(*entry, group)
+                else:
+                    plain.append(entry)
+            if plain:
+                weights, grads, means, squares, steps = (list(column) for column in zip(*plain, strict=True))
                 adamw(
-                    *plain,
+                    weights,
+                    grads,
+                    means,
+                    squares,
+                    [],
+                    steps,
                     foreach=group["foreach"],
                     fused=group["fused"],
                     amsgrad=False,

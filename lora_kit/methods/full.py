@@ -75,11 +75,11 @@ class Full(Method):
         if self.weights == "keep":
             return Attached(model, f"every weight, in {'/'.join(sorted(sixteen_bit))} (small updates round away)")
         if self.weights == "stochastic":
-            count = sum(p.numel() for p in model.parameters())
+            gib = sum(p.numel() for p in model.parameters()) / 2**30
             return Attached(
                 model,
-                "every weight, in bfloat16, updates rounded stochastically; needs lora_kit.lean.optimizer.AdamW (weights, "
-                f"gradients and states: {8 * count / 2**30:,.2f} GiB, {16 * count / 2**30:,.2f} GiB in float32)",
+                "every weight, in bfloat16, updates rounded stochastically; needs lora_kit.lean.optimizer.AdamW "
+                f"(weights, gradients and states: {8 * gib:,.2f} GiB, {16 * gib:,.2f} GiB in float32)",
             )
         model.to(torch.float32)
         return Attached(model, f"every weight, cast from {'/'.join(sorted(sixteen_bit))} to float32 to be trained")
