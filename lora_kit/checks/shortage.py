@@ -1,7 +1,6 @@
 """Memory that does not suffice: how to tell, how to get what a failed step holds back, and what to advise."""
 
 import gc
-import traceback
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,10 +30,12 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def let_go(error: BaseException) -> None:
-    """Free what the frames of a failed call hold: they keep its graph alive as long as the traceback does."""
+    """Part an exception, and those behind it, from the frames of the failed call, which hold its graph.
+
+    Python frees them with the exception; but a logger or a model's own code may keep that.
+    """
     seen: BaseException | None = error
     while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
         seen.__traceback__ = None
         following = seen.__cause__ or seen.__context__
         seen.__cause__ = seen.__context__ = None
