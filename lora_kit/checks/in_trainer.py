@@ -101,7 +101,7 @@ class GuardCallback(TrainerCallback):
         def step(*args: Any, **kwargs: Any) -> Any:
             try:
                 return own(*args, **kwargs)
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is: Trainer does not say that training has ended
                 broke = self.watch is not None and self.watch.updating and shortage.is_shortage(error)
                 self.off()
                 if broke:
