@@ -245,6 +245,8 @@ def _cross_entropy(
     """The loss from the hidden states; None for what only whole logits can answer."""
     if logits.dim() != 2 or target.dim() != 1 or target.is_floating_point() or weight is not None:
         return None
+    if logits.shape[0] != target.shape[0]:
+        return None  # torch refuses it
     if size_average is not None or reduce is not None or (reduction == "none" and logits.head.parameters):
         return None
     steps, head = logits.steps, logits.head

@@ -66,8 +66,9 @@ def plan(
         batch_size: rows of a micro-batch.
         seq_len: tokens of a row.
         gradient_checkpointing: whether layers are run again in the backward pass.
-        optimizer: `"adamw"` (torch's, fused), `"adamw_foreach"`, `"adamw_loop"`, `"sgd"`, `"adamw_8bit"` or
-            `"paged_adamw_8bit"` (its states are counted as if they were on the card).
+        optimizer: `"adamw"` (torch's, fused; with `weights="stochastic"` lora_kit's), `"adamw_foreach"`,
+            `"adamw_loop"`, `"sgd"`, `"adamw_8bit"` or `"paged_adamw_8bit"` (its states are counted as if they were on
+            the card), `"adamw_stochastic"` (lora_kit's).
         dtype: dtype of the weights; `"auto"` is the config's.
         autocast: dtype that products run in, such as `"bfloat16"`. None: no autocast.
         lean: as in `adapt`.
@@ -98,7 +99,7 @@ def plan(
     """
     from lora_kit.lean import switch
     from lora_kit.memory.blueprint import Blueprint, axes_of
-    from lora_kit.memory.step import Step
+    from lora_kit.memory.step import Step, optimizer_for
 
     try:
         chosen = resolve(method, options)
@@ -112,6 +113,7 @@ def plan(
         raise OptionError(
             f"plan: unknown device {device!r}; accepted: cuda, cpu.{nearest(str(device), ('cuda', 'cpu'))}"
         )
+    optimizer = optimizer_for(chosen, optimizer)
     cast: Any = None if autocast is None else base.torch_dtype(autocast)
     step = Step(batch_size, seq_len, padding, optimizer, cast, clip, accumulation, keep_outputs, use_cache)
     if "8bit" in optimizer and importlib.util.find_spec("bitsandbytes") is None:

@@ -14,17 +14,24 @@ import torch
 
 from lora_kit.adaptation import base_of
 from lora_kit.errors import OptionError, UnsupportedError, listing, nearest
+from lora_kit.lean.optimizer import AdamW
 from lora_kit.types import Model
 
 OPTIMIZERS: dict[str, Callable[[list[Any]], Any]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, fused=True),
     "adamw_foreach": lambda parameters: torch.optim.AdamW(parameters, foreach=True),
     "adamw_loop": lambda parameters: torch.optim.AdamW(parameters, foreach=False),
+    "adamw_stochastic": lambda parameters: AdamW(parameters),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, foreach=False),
     "adamw_8bit": lambda parameters: _eight_bit(parameters, paged=False),
     "paged_adamw_8bit": lambda parameters: _eight_bit(parameters, paged=True),
 }
 """Name → optimizer over these parameters. `adamw` is what `finetune` and Trainer use: torch's, fused."""
+
+
+def optimizer_for(method: Any, name: str) -> str:
+    """`adamw_stochastic` in the place of `adamw` where the method's weights are rounded stochastically."""
+    return "adamw_stochastic" if name == "adamw" and getattr(method, "weights", None) == "stochastic" else name
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ class Full(Method):
     """Train every weight of the model.
 
     The weights are trained in float32 unless told otherwise: at the small learning rates of fine-tuning most updates
-    of a bfloat16 weight are smaller than its rounding step and vanish without a trace.
+    of a bfloat16 weight are smaller than its rounding step and vanish without a trace. Where float32 does not fit (16
+    bytes a parameter with AdamW's states and gradients), `weights="stochastic"` trains in bfloat16 (8 bytes) with
+    `lora_kit.lean.optimizer.AdamW`, whose updates arrive on average.
 
     Example:
         >>> Full().weights
@@ -34,12 +36,14 @@ class Full(Method):
     weight_decay: ClassVar[float] = 0.01
     warmup: ClassVar[float] = 0.1
 
-    weights: Literal["float32", "keep"] = "float32"
-    """`"float32"`: 16-bit weights are cast to float32 to be trained; `"keep"`: they stay as they are."""
+    weights: Literal["float32", "stochastic", "keep"] = "float32"
+    """`"float32"`: 16-bit weights are cast to float32 to be trained; `"stochastic"`: they are trained in bfloat16 by
+    `lora_kit.lean.optimizer.AdamW`, which rounds each update up or down by chance so that none is lost on average;
+    `"keep"`: they stay as they are, for any optimizer."""
 
     def __post_init__(self) -> None:
-        if self.weights not in ("float32", "keep"):
-            raise OptionError(f"full: weights must be 'float32' or 'keep', got {self.weights!r}.")
+        if self.weights not in ("float32", "stochastic", "keep"):
+            raise OptionError(f"full: weights must be 'float32', 'stochastic' or 'keep', got {self.weights!r}.")
 
     @property
     def size(self) -> str:
@@ -54,6 +58,12 @@ class Full(Method):
                 f"method 'full' on a {bits} base: its quantized matrices hold integers and cannot be trained. "
                 "Use method='lora' or 'prefix', or load the model without quantization."
             )
+        other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"bfloat16", "float32"}
+        if self.weights == "stochastic" and other:
+            raise UnsupportedError(
+                f"full with weights='stochastic' is for bfloat16 weights, this model's are {'/'.join(sorted(other))}; "
+                "load it with dtype='bfloat16', or leave weights out to train in float32."
+            )
 
     def attach(self, model: Model, heads: list[str], name: str) -> Attached:
         import torch
@@ -64,5 +74,12 @@ class Full(Method):
             return Attached(model, "every weight")
         if self.weights == "keep":
             return Attached(model, f"every weight, in {'/'.join(sorted(sixteen_bit))} (small updates round away)")
+        if self.weights == "stochastic":
+            gib = sum(p.numel() for p in model.parameters()) / 2**30
+            return Attached(
+                model,
+                "every weight, in bfloat16, updates rounded stochastically; needs lora_kit.lean.optimizer.AdamW "
+                f"(weights, gradients and states: {8 * gib:,.2f} GiB, {16 * gib:,.2f} GiB in float32)",
+            )
         model.to(torch.float32)
         return Attached(model, f"every weight, cast from {'/'.join(sorted(sixteen_bit))} to float32 to be trained")
