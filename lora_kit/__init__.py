@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_kit.adaptation import adapt as adapt
+    from lora_kit.checks.guard import guard as guard
     from lora_kit.checks.report import Report as Report
     from lora_kit.checks.verify import verify as verify
     from lora_kit.comparison.matrix import compare as compare
@@ -41,6 +42,7 @@ _HOMES = {
     "choose": "lora_kit.memory.auto",
     "MemoryPlan": "lora_kit.memory.result",
     "verify": "lora_kit.checks.verify",
+    "guard": "lora_kit.checks.guard",
     "Report": "lora_kit.checks.report",
     "save": "lora_kit.storage.save",
     "load": "lora_kit.storage.load",
@@ -62,6 +64,7 @@ __all__ = [
     "MemoryPlan",
     "verify",
     "Report",
+    "guard",
     "save",
     "load",
     "merge",

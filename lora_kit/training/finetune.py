@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit import base
 from lora_kit.adaptation import adapt, base_of, record_of
+from lora_kit.checks.guard import guard
 from lora_kit.errors import DataError, OptionError, listing, nearest
 from lora_kit.messages import quiet
-from lora_kit.methods import resolve
+from lora_kit.methods import Method, resolve
 from lora_kit.storage.save import save_with
 from lora_kit.training import data as rows_from
 from lora_kit.training import metrics
@@ -30,12 +31,15 @@ from lora_kit.training.batching import (
 )
 from lora_kit.training.checkpointing import FOLDER, to_go_on_from, with_checkpoints
 from lora_kit.training.defaults import param_groups, training_defaults
+from lora_kit.training.planning import planned_for
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainerCallback
 
+STOPPED = "stopped"
+"""Folder below `output` for the last good state of a run that the guard stopped."""
 TASK_OF_KIND = {
     "classification": "classification",
     "prompt": None,  # a causal or an encoder–decoder model, as the checkpoint says
@@ -74,6 +78,7 @@ def finetune(
     save_every: int | None = None,
     keep: int = 2,
     resume: "bool | str | Path" = False,
+    plan: bool = False,
     test_data: Any = None,
     train_rows: int | None = None,
     test_rows: int | None = None,
@@ -92,6 +97,9 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a model on rows of text and measure it before and after on rows held out.
 
+    The run is guarded (`guard`): it stops at the first NaN before the weights are touched, and where a step does not
+    fit in memory it goes on in parts.
+
     Args:
         model: hub id or path; in a program also an adapted model, which is trained in place.
         data: path of a CSV, JSON lines, Parquet or text file, path of a folder, or a hub id; in a program also a
@@ -104,6 +112,8 @@ def finetune(
         keep: checkpoints to keep.
         resume: go on from the newest whole checkpoint below output, to the very weights that a run without a break
             would have reached; in a program also the path of a checkpoint.
+        plan: plan the memory of the run beforehand, and print the plan's error after two steps. For an id or a path; on
+            a CPU the second step is slow.
         test_data: rows to measure on. By default the data's own test part, else a tenth of the rows.
         train_rows: use the first so many training rows only.
         test_rows: measure on the first so many held-out rows only.
@@ -137,10 +147,11 @@ def finetune(
     rows = rows_from.read(data, test=test_data, train_rows=train_rows, test_rows=test_rows, seed=seed)
     transformers.set_seed(seed)
     if isinstance(model, str | Path):
-        adapted = adapted_for(rows, model, method, quantization, dtype=dtype, device=device, options=options)
+        chosen = resolve(method or "lora", options).start_from(rows.texts(20))
+        adapted = adapted_for(rows, model, chosen, quantization, dtype=dtype, device=device)
         tokenizer = tokenizer or base.tokenizer_of(str(model))
     else:
-        given = {"method": method, "quantization": quantization, **options} | (
+        given = {"method": method, "quantization": quantization, "plan": plan or None, **options} | (
             {} if dtype == "auto" else {"dtype": dtype}
         )
         for key, value in given.items():
@@ -175,6 +186,11 @@ def finetune(
             keep=keep,
         )
         start = None if output is None else to_go_on_from(resume, Path(output) / FOLDER)
+        guard(
+            trainer,
+            plan=planned_for(trainer, str(model), chosen, quantization, dtype, head_for(rows)) if plan else None,
+            output=None if output is None else Path(output) / STOPPED,
+        )
         before = measure(trainer, without_adapter=True)
         done = trainer.train() if start is None else trainer.go_on_from(start)
         seconds = float(done.metrics["train_runtime"])
@@ -190,17 +206,16 @@ def finetune(
 def adapted_for(
     rows: rows_from.Rows,
     model: str | Path,
-    method: Any,
+    method: Method,
     quantization: Any,
     *,
     dtype: Any,
     device: str | None,
-    options: dict[str, Any],
 ) -> Model:
     """A hub id or path as a model ready to train on these rows."""
     return adapt(
         str(model),
-        resolve(method or "lora", options).start_from(rows.texts(20)),
+        method,
         quantization=quantization,
         task=TASK_OF_KIND[rows.kind],
         dtype=dtype,
@@ -238,6 +253,8 @@ def build_trainer(
     run's, every `save_every` steps."""
     import torch
     from transformers import TrainingArguments
+
+    from lora_kit.lean.optimizer import AdamW
 
     limits = [("epochs", epochs, 0), ("batch_size", batch_size, 1), ("max_length", max_length, 2), ("keep", keep, 1)]
     for name, value, least in [*limits, ("save_every", save_every or 1, 1)]:
@@ -285,7 +302,10 @@ def build_trainer(
     fields |= training_arguments or {}
     packed = _packing(model, task, packing)
     groups = param_groups(model, learning_rate)
-    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+    if record_of(model).options.get("weights") == "stochastic":
+        optimizer: Any = AdamW(groups)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     reduce, compute = metrics.for_task(task)
     kind = trainer_class(Packer() if packed else None)
     if checkpoints is not None:

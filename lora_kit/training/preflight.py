@@ -7,6 +7,7 @@ from lora_kit import base
 from lora_kit.checks.report import Report
 from lora_kit.checks.verify import verify
 from lora_kit.errors import OptionError
+from lora_kit.methods import resolve
 from lora_kit.training import data as rows_from
 from lora_kit.training.finetune import adapted_for, build_trainer
 
@@ -56,7 +57,8 @@ def preflight(
     tokenizer = base.tokenizer_of(model)
     if tokenizer is None:
         raise OptionError(f"{model} has no tokenizer beside it. Put one there: tokenizer.save_pretrained({model!r}).")
-    adapted = adapted_for(rows, model, method, quantization, dtype=dtype, device=device, options=options)
+    chosen = resolve(method or "lora", options).start_from(rows.texts(20))
+    adapted = adapted_for(rows, model, chosen, quantization, dtype=dtype, device=device)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(
             adapted,
