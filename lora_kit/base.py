@@ -139,14 +139,17 @@ def _examine_object(model: Model, device: str | None) -> Source:
     # an unloaded model may keep PEFT's config as a mere attribute (PEFT 0.18)
     carries = any(isinstance(m, BaseTunerLayer) or SLOT in vars(m) for m in model.modules())
     if hasattr(model, "get_base_model") or carries:
-        names = listing(getattr(model, "peft_config", ["?"]))
+        names = listing(map(repr, getattr(model, "peft_config", ["?"])))
         raise AlreadyAdaptedError(
             f"this {type(model).__name__} already carries an adapter ({names}); "
             "a second one around it could not be saved. Train the one that is there, or take the base back first: "
             "model = model.unload()."
         )
     if hasattr(model, "_orig_mod"):
-        raise UnsupportedError("the model is compiled; adapt the model first and call torch.compile on the result.")
+        raise UnsupportedError(
+            f"the model is compiled (a {type(model).__name__!r}); adapt the model first and call torch.compile on the "
+            "result: torch.compile(adapt(model._orig_mod))."
+        )
     devices = {str(p.device) for p in model.parameters()}
     if "meta" in devices:
         raise UnsupportedError("the model has parameters on the device 'meta', that is, without values; load it first.")

@@ -252,4 +252,4 @@ def _menu(carriers: dict[str, Model], name: str) -> str:
     counts.pop("", None)
     close = nearest(name.rpartition(".")[2], counts)
     names = [f"{last} ({count})" for last, count in counts.items() if not last.isdigit()]
-    return f"{close} Accepted here: {listing(names)}."
+    return f"{close} Accepted here: {listing(names)}. Leave target_modules out for every linear layer."

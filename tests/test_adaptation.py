@@ -401,7 +401,7 @@ def test_target_that_matches_nothing():
 def test_already_adapted():
     model = adapt(tiny.build("llama"), "lora", rank=2)
     before = snapshot(model)
-    with pytest.raises(AlreadyAdaptedError, match=r"already carries an adapter \(default\).*unload\(\)"):
+    with pytest.raises(AlreadyAdaptedError, match=r"already carries an adapter \('default'\).*unload\(\)"):
         adapt(model, "lora")
     with pytest.raises(AlreadyAdaptedError):
         adapt(model.get_base_model(), "prefix")

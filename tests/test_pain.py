@@ -17,17 +17,20 @@ import pytest
 import tiny
 import torch
 import transformers
+from datasets import Dataset
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lora_kit import LoRA, adapt, load, merge, param_groups, plan, save
+from lora_kit import LoRA, adapt, finetune, guard, load, merge, param_groups, plan, save, verify
 from lora_kit.base import checkpoint
 from lora_kit.errors import (
     AdapterMismatchError,
     AlreadyAdaptedError,
     CannotMergeError,
     LoraKitError,
+    NonFiniteError,
     OptionError,
+    OutOfMemoryError,
     ResumeError,
     StorageError,
     TargetError,
@@ -36,9 +39,22 @@ from lora_kit.errors import (
 )
 from lora_kit.storage import manifest
 from lora_kit.storage.serving import check_serving
+from lora_kit.training import data
+from lora_kit.training.batching import Collator
 
 ROOT = Path(__file__).parents[1]
 MESSAGES = {}
+CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+RUN = {"epochs": 1, "batch_size": 4, "max_length": 16, "test_rows": 2, "save_every": 2, "rank": 2}
+RUN["training_arguments"] = {"disable_tqdm": True}
+
+
+def questions(count):
+    return Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2}"} for i in range(count)])
+
+
+def questions_read():
+    return data.read(questions(8), test=None, train_rows=None, test_rows=1, seed=0)
 
 
 @contextmanager
@@ -169,6 +185,25 @@ def test_03_nan_is_neither_saved_nor_loaded(saved, clearly):
         load(folder, path)
 
 
+def test_03_nan_stops_before_the_step(models, tmp_path, clearly):
+    """In Trainer, where it is logged as "loss 0": no step is taken, the module is named, the last good state saved."""
+    path = tiny.on_disk("llama", models)
+    rows = questions(24)
+    weights = {}
+
+    class Poison(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                weights.update({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+                model.get_base_model().model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+
+    with clearly(NonFiniteError, r"step 4: loss is nan; .*layers\.1\.mlp\.up_proj.*not taken.*saved in"):
+        finetune(path, rows, output=tmp_path, callbacks=[Poison()], **RUN)
+    stopped = load_file(tmp_path / "stopped" / "adapter_model.safetensors")
+    assert len(stopped) == len(weights) == 28
+    assert all(torch.equal(stopped[name.replace(".default", "")], value) for name, value in weights.items())
+
+
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
@@ -291,7 +326,91 @@ def test_11_nothing_is_trainable(saved, clearly):
     train(load(folder, path, train=True), batch)
 
 
-# --- the rest of the text's mistakes are found by verify, below -------------------------------------------------------
+def findings(model, batch, **options):
+    """Name → what `verify` found of what it warned of or failed; each with its remedy, kept for the last test."""
+    report = verify(model, batch, **options)
+    for check in (*report.warned, *report.failed):
+        MESSAGES[f"verify {check.name} {len(MESSAGES)}"] = f"{check.name}: {check.found}. {check.remedy}."
+    return {check.name: f"{check.found} {check.remedy}" for check in (*report.warned, *report.failed)}
+
+
+def test_12_the_end_of_text_is_learnt():
+    """Padding that is the end token: our collator keeps the end a target; a batch that lost it is found."""
+    collator = Collator(padding=3)
+    batch = collator(
+        [{"input_ids": [2, 7, 8, 3], "labels": [-100, 7, 8, 3]}, {"input_ids": [2, 9, 3], "labels": [2, 9, 3]}]
+    )
+    assert [row[row != -100][-1].item() for row in batch["labels"]] == [3, 3]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    model = adapt(tiny.build("llama"))
+    model.config.pad_token_id = 3
+    lost = {**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] == 3, -100)}
+    assert "masked_fill" in findings(model, lost)["end of text"]
+    assert "end of text" not in findings(model, batch)
+
+
+def test_13_a_text_begins_once():
+    """Chat templates that begin with the start token: it is not put in front again; a batch with two is found."""
+    tokenizer = tiny.tokenizer()
+    rows, _ = data.tokenize(
+        data.read(Dataset.from_list([{"messages": CHAT}] * 4), test=None, train_rows=None, test_rows=1, seed=0),
+        tokenizer,
+        task="causal-lm",
+        max_length=32,
+    )
+    assert all(row["input_ids"].count(2) == 1 and row["input_ids"][0] == 2 for row in rows)
+    ids = torch.tensor([[2, 2, 7, 8, 3]])
+    assert (
+        "start with the start token 2 twice"
+        in findings(adapt(tiny.build("llama")), {"input_ids": ids, "labels": ids})["start of text"]
+    )
+
+
+def test_14_what_is_in_the_loss():
+    """Prompts are outside of it; a row without any label is found; a micro-batch without one is passed over."""
+    rows, _ = data.tokenize(questions_read(), tiny.tokenizer(), task="causal-lm", max_length=32)
+    assert all(0 < sum(label != -100 for label in row["labels"]) < len(row["labels"]) for row in rows)
+    model, batch = adapt(tiny.build("llama")), tiny.batch("llama")
+    batch["labels"][1] = -100
+    assert "row 1 of 3 has no token to learn" in findings(model, batch)["labels"]
+    batch["labels"][:] = -100
+    optimizer = torch.optim.AdamW(param_groups(model))
+    with guard(model, optimizer) as step:
+        assert step(batch).isnan() and all(p.grad is None for p in model.parameters())
+        assert step(tiny.batch("llama")).isfinite()
+
+
+def test_15_24_lack_of_memory_changes_nothing(capfd, clearly):
+    """Rows of unequal length that do not fit run in parts: the same gradient, weighted by labelled tokens."""
+    model, batch = adapt(tiny.build("llama"), rank=4), tiny.batch("llama", rows=5)
+    for row in range(5):
+        batch["labels"][row, : 2 * row] = -100
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.1)
+    model(**batch).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    most = [2]
+
+    def full(module, args):
+        if args[0].shape[0] > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(full)
+    optimizer = torch.optim.AdamW(param_groups(model))
+    with guard(model, optimizer) as step:
+        step(batch)
+        found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        away = sum((found[n] - g).norm() ** 2 for n, g in expected.items()) / sum(
+            g.norm() ** 2 for g in expected.values()
+        )
+        assert float(away) ** 0.5 < 1e-5
+        assert "out of memory at micro-batch 5 (longest sequence 11)" in capfd.readouterr().err
+        most[0] = 0
+        with clearly(OutOfMemoryError, r"out of memory with .*longest sequence.*free on cpu.*max_length below"):
+            step(batch)
 
 
 def test_16_the_scale_is_the_files(saved, tmp_path):
@@ -368,7 +487,7 @@ def test_21_names_are_without_the_compilers(models, tmp_path, clearly):
     """A compiled part of the model: what is saved fits the base as it is."""
     path = tiny.on_disk("llama", models)
     base = transformers.AutoModelForCausalLM.from_pretrained(path)
-    with clearly(UnsupportedError, r"is compiled; adapt the model first"):
+    with clearly(UnsupportedError, r"is compiled .*adapt the model first"):
         adapt(torch.compile(base))
     base.model = torch.compile(base.model, backend="eager")
     model = adapt(base, rank=2)
@@ -456,7 +575,7 @@ def test_28_the_loading_peak_is_planned(models):
 
 def test_29_30_kill_9_while_saving_and_training(tmp_path):
     """The benchmark, in short: nothing unreadable, mixed or lost; runs that go on end with the very same weights."""
-    command = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "25", "--training-kills", "6"]
+    command = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "15", "--training-kills", "4"]
     done = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {}
@@ -464,9 +583,9 @@ def test_29_30_kill_9_while_saving_and_training(tmp_path):
         row = json.loads(line)
         found[row["part"]] = row
     saves, training = found["saves"], found["training"]
-    assert saves["kills"] == 25
+    assert saves["kills"] == 15
     assert not any(saves[key] for key in ("unreadable", "mixed", "lost", "mixed for others"))
-    assert training["kills"] >= 6 and training["failed resumes"] == 0 and training["other weights"] == 0
+    assert training["kills"] >= 4 and training["failed resumes"] == 0 and training["other weights"] == 0
     for name, text in found["full disk"].items():
         if name.startswith(("tmpfs", "files of")):
             assert "NOT" not in text and ("is as it was" in text or "not run" in text), text
@@ -501,26 +620,18 @@ def test_31_the_message_names_the_file(saved, clearly):
 
 
 def test_32_a_resume_that_is_none(models, tmp_path, clearly):
-    from datasets import Dataset
-
-    from lora_kit import finetune
-
-    rows = Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2}"} for i in range(24)])
-    path = tiny.on_disk("llama", models)
-    common = {"epochs": 1, "batch_size": 4, "max_length": 16, "test_rows": 2, "save_every": 2}
-    options = {"training_arguments": {"disable_tqdm": True}, "rank": 2}
-    finetune(path, rows, output=tmp_path, **common, **options)
+    rows, path = questions(24), tiny.on_disk("llama", models)
+    finetune(path, rows, output=tmp_path, **RUN)
     steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert steps == ["step-4", "step-6"]
     with clearly(ResumeError, r"other settings \(alpha was 4, is 64.*load\(path, base, train=True\)"):
-        changed = {**options, "alpha": 64}
         _with_alpha(tmp_path, 4)
-        finetune(path, rows, output=tmp_path, resume=True, **common, **changed)
+        finetune(path, rows, output=tmp_path, resume=True, **RUN, alpha=64)
     plain = save(load(tmp_path, path, train=True), tmp_path / "plain")
     with clearly(ResumeError, r"has no optimizer state .*load\(path, base, train=True\)"):
-        finetune(path, rows, output=tmp_path, resume=str(plain), **common, **options)
+        finetune(path, rows, output=tmp_path, resume=str(plain), **RUN)
     with clearly(OptionError, r"resume=True: checkpoints lie below output, which is None"):
-        finetune(path, rows, resume=True, **options)
+        finetune(path, rows, resume=True, **RUN)
 
 
 def _with_alpha(folder, alpha):
@@ -532,19 +643,12 @@ def _with_alpha(folder, alpha):
 
 
 def test_32_a_damaged_checkpoint_is_passed_over(models, tmp_path, capfd):
-    from datasets import Dataset
-
-    from lora_kit import finetune
-
-    rows = Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2}"} for i in range(24)])
-    path = tiny.on_disk("llama", models)
-    common = {"epochs": 1, "batch_size": 4, "max_length": 16, "test_rows": 2, "save_every": 2, "rank": 2}
-    common["training_arguments"] = {"disable_tqdm": True}
-    whole = finetune(path, rows, output=tmp_path, **common)
+    rows, path = questions(24), tiny.on_disk("llama", models)
+    whole = finetune(path, rows, output=tmp_path, **RUN)
     state = tmp_path / "checkpoints" / "step-6" / "training_state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
     capfd.readouterr()
-    again = finetune(path, rows, output=tmp_path, resume=True, **common)
+    again = finetune(path, rows, output=tmp_path, resume=True, **RUN)
     said = capfd.readouterr().err
     assert "step-6 is damaged" in said and "going on from step-4" in said
     held, expected = again.model.state_dict(), whole.model.state_dict()
@@ -600,6 +704,16 @@ def test_34_pickles_are_not_opened(saved, clearly):
 def test_35_which_modules(clearly):
     with clearly(TargetError, r"'query_key_value'.*q_proj"):
         adapt(tiny.build("llama"), target_modules=["query_key_value"])
+
+
+def test_36_a_learning_rate_far_off_is_found(capfd):
+    model = adapt(tiny.build("llama"))
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-5))
+    assert "1e-05" in findings(model, tiny.batch("llama"), optimizer=optimizer)["learning rate"]
+    with guard(model, optimizer) as step:
+        step(tiny.batch("llama"))
+        optimizer.step()
+    assert re.search(r"learning rate 1e-05 is \d+ times below", capfd.readouterr().err)
 
 
 def test_36_which_learning_rate():
@@ -691,11 +805,13 @@ def test_43_one_load_for_every_method(models, tmp_path, method):
 def test_every_message_says_what_happened_the_proof_and_the_line_to_write():
     if len(MESSAGES) < 40:
         pytest.skip("the tests above have to run before this one")
+    wrong = []
     for name, text in MESSAGES.items():
-        assert len(text) > 60 and text[-1] in ".)", f"{name}: {text}"
+        whole = len(text) > 60 and text[-1] in ".)"
         # the proof: a number, or the very name that was given
-        assert re.search(r"\d|'[^']+'", text), f"{name}: no number and no name: {text}"
+        proof = re.search(r"\d|'[^']+'", text)
         # the fix: a call, a keyword, a command, or a word of what to do
-        assert re.search(r"\w+\(|\w+=|pip install|: null|accepted:|[Ll]eave|load it|merge\b|Did you mean", text), (
-            f"{name}: {text}"
-        )
+        fix = re.search(r"\w+\(|\w+=|pip install|: null|accepted:|[Ll]eave|load it|merge\b|Did you mean", text)
+        if not (whole and proof and fix):
+            wrong.append(f"{name}: {text}")
+    assert not wrong, "\n".join(wrong)

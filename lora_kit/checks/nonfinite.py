@@ -146,10 +146,13 @@ def explain(model: Model, forwards: list[Forward], rate: float, *, clipped: bool
             continue
         said = f"{_loss(forward)}; first output that is not finite: {place}"
         if place.weight is not None:
-            return said, "an earlier step or file: go back to an earlier checkpoint"
+            return said, "an earlier step or file: load(path_of_an_earlier_save, base, train=True)"
         return said, half if place.dtype == "float16" else lower
     if broken:
-        return f"{_loss(broken[0])}, though the output of every module is finite", "the labels, or the loss's own code"
+        return (
+            f"{_loss(broken[0])}, though the output of every module is finite",
+            "the labels, or the loss's own code: verify(model, batch) looks at them",
+        )
     names = bad_gradients(model)
     loss = f"{_loss(forwards[-1])}, finite, but" if forwards else "the loss is not known, but"
     if clipped:
