@@ -8,6 +8,8 @@
   types, huge numbers, deep nesting, endless patterns, missing and made-up fields, offsets, shapes), half of them with
   hashes that fit again, half in a folder without a manifest, as a stranger would make it.
 
+* `whole`: the same for config.json of a whole model, without a manifest.
+
 Counted: loads that succeeded (none may of what was truncated or flipped; a mutation may leave a sound adapter, with
 another dropout or another name of the base), that ended in anything but a `LoraKitError`, that do not name the file,
 that changed the model handed in; and the slowest case and the largest growth of memory.
@@ -56,8 +58,9 @@ def small_adapter(folder: Path) -> Path:
 class Attempts:
     """Loads of one folder onto one model, which must stay as it is."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, whole: bool = False) -> None:
         self.folder = folder
+        self.whole = whole
         self.model = base()
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.modules = [(name, type(module)) for name, module in self.model.named_modules()]
@@ -73,7 +76,7 @@ class Attempts:
         held = peak_bytes()
         started = time.perf_counter()
         try:
-            load(self.folder, self.model)
+            load(self.folder, *(() if self.whole else (self.model,)))
             self.counts["accepted"] += 1
             self.model = base()
         except LoraKitError as error:
@@ -230,6 +233,20 @@ def mutated(folder: Path, count: int, seed: int) -> dict[str, Any]:
     return attempts.end()
 
 
+def mutated_whole(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    draw = random.Random(seed)
+    target = folder / "whole"
+    base().save_pretrained(target)
+    config = json.loads((target / "config.json").read_text())
+    attempts = Attempts(target, whole=True)
+    for case in range(count):
+        (target / "config.json").write_text(
+            json.dumps(mutate(config, draw, [*config, "auto_map", "quantization_config"]))
+        )
+        attempts.one("whole", case)
+    return attempts.end()
+
+
 def header(content: bytes, draw: random.Random) -> bytes:
     """A safetensors file with another header."""
     length = int.from_bytes(content[:8], "little")
@@ -262,6 +279,8 @@ def parts(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, dic
         started = time.perf_counter()
         if name == "mutated":
             found = mutated(folder, options.mutations, options.seed)
+        elif name == "whole":
+            found = mutated_whole(folder, options.mutations // 10, options.seed)
         else:
             found = (truncated if name == "truncated" else flipped)(folder, options.step)
         yield name, {**found, "seconds in all": round(time.perf_counter() - started)}
@@ -279,7 +298,7 @@ def main() -> None:
     parser.add_argument("--mutations", type=int, default=20_000)
     parser.add_argument("--step", type=int, default=1, help="every so many-th length and bit")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", nargs="+", default=["truncated", "flipped", "mutated"])
+    parser.add_argument("--parts", nargs="+", default=["truncated", "flipped", "mutated", "whole"])
     parser.add_argument("--output", default="runs/damage")
     options = parser.parse_args()
     torch.set_num_threads(1)

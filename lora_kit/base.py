@@ -47,6 +47,8 @@ class Source:
     dtype: "torch.dtype | str" = "auto"
     device: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    """After loading: tensors of the checkpoint that the model has no place for."""
 
 
 def _tables() -> dict[str, set[str]]:
@@ -293,6 +295,7 @@ def load(source: Source, config: "BitsAndBytesConfig | None", heads: list[str]) 
         # weights that layers share, which were tied after loading; and the marks of a quantized model
         quantization.quantize_(model, config, heads)
     quantization.settle(model)
+    source.unexpected = sorted(info["unexpected_keys"])
     resized = {name: (found, wanted) for name, found, wanted in info["mismatched_keys"]}
     _refuse_resized_backbone(resized, heads_of(model), source.path)
     missing = sorted({name.rpartition(".")[0] for name in {*info["missing_keys"], *resized}})

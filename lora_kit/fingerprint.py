@@ -34,7 +34,7 @@ def of_files(path: str | None, revision: str | None = None) -> dict[str, str] | 
         return None
     layout, content = hashlib.sha256(), hashlib.sha256()
     try:
-        entries = [entry for file in _weight_files(folder) for entry in _tensors_in(file)]
+        entries = [entry for file in _weight_files(folder) for entry in tensors_in(file)]
         for name, dtype, shape, file, start, end in sorted(entries, key=lambda entry: entry[0]):
             layout.update(json.dumps([name, dtype, shape]).encode())
             with file.open("rb") as stream:
@@ -68,14 +68,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def file_of(folder: Path, name: str) -> tuple[Path, str] | None:
     """The file that holds a weight, and its name there: its own, or the only one that ends alike."""
-    named = {entry[0]: entry[3] for file in _weight_files(folder) for entry in _tensors_in(file)}
+    named = {entry[0]: entry[3] for file in _weight_files(folder) for entry in tensors_in(file)}
     if name in named:
         return named[name], name
     alike = [other for other in named if name.endswith(f".{other}") or other.endswith(f".{name}")]
     return (named[alike[0]], alike[0]) if len(alike) == 1 else None
 
 
-def _tensors_in(file: Path) -> list[tuple[str, str, list[int], Path, int, int]]:
+def tensors_in(file: Path) -> list[tuple[str, str, list[int], Path, int, int]]:
     """(name, dtype, shape, file, first byte, byte after the last) of every tensor."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

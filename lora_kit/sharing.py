@@ -73,24 +73,29 @@ def conflict(model: Model, name: str) -> tuple[str, str] | None:
 
 
 def untie(model: Model) -> None:
-    """Give an adapted layer whose weight another module has too, without that adapter, a weight of its own, in place.
+    """Give an adapted layer a weight of its own where another module has that weight without this adapter, in place.
 
-    What is added to the layer would else be added to the other (an output head tied to the input embeddings).
+    What is merged into the layer would else be merged into the other (an output head tied to the input embeddings).
     """
     from torch import nn
 
     base = model.get_base_model()
-    layers = {id(layer.get_base_layer()) for layer in _layers(base).values()}
-    owners: dict[int, int] = {}
-    for module in base.modules():
-        if id(module) not in layers:
-            for parameter in module._parameters.values():
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    for layer in _layers(base).values():
+    adapted = list(_layers(base).values())
+    inside = {id(layer.get_base_layer()) for layer in adapted}
+    holders: dict[int, tuple[int, ...] | None] = {
+        id(p): None for module in base.modules() if id(module) not in inside for p in module._parameters.values()
+    }
+    own: dict[tuple, nn.Parameter] = {}
+    for layer in adapted:
         inner = layer.get_base_layer()
         weight = getattr(inner, "weight", None)
-        if weight is not None and id(weight) in owners:
-            inner.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        # layers that share an adapter hold the same tensors
+        adapter = tuple(id(p) for name, p in layer.named_parameters() if "base_layer" not in name)
+        if weight is not None and holders.setdefault(id(weight), adapter) != adapter:
+            place = id(weight), adapter
+            if place not in own:
+                own[place] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            inner.weight = own[place]
             base.config.tie_word_embeddings = False
 
 

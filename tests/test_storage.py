@@ -230,6 +230,29 @@ def test_merge_keeps_the_trained_head(models, tmp_path):
     torch.testing.assert_close(merged.classifier.bias, head.bias)
 
 
+def test_going_on_with_a_16_bit_model_trains_float32(models, tmp_path):
+    path = tiny.on_disk("llama", models, dtype=torch.bfloat16)
+    assert {p.dtype for p in load(path).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load(path, train=True).parameters()} == {torch.float32}
+    kept = save(adapt(path, "full", weights="keep"), tmp_path)
+    assert {p.dtype for p in load(kept, train=True).parameters()} == {torch.bfloat16}
+
+
+def test_a_whole_model_that_does_not_fit_its_config(models, tmp_path):
+    folder = tmp_path / "whole"
+    tiny.build("llama").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for change, pattern in (
+        ({"num_hidden_layers": 1}, r"no place for 9 tensors \(model\.layers\.1"),
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers = 1000000000, and the files beside it have 21 tensors"),
+        ({"vocab_size": 10**9}, r"describes 128,\d+,\d+,?\d* parameters, the files beside it have"),
+        ({"rope_parameters": {"rope_type": "nonsense"}}, r"cannot make a model of"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(StorageError, match=pattern):
+            load(folder)
+
+
 def test_merge_of_a_full_model_goes_back_to_the_base_dtype(models, tmp_path):
     path = tiny.on_disk("llama", models, dtype=torch.bfloat16)
     report = merge(trained(path, "full"), tmp_path / "merged")

@@ -226,17 +226,17 @@ def tied(subject: Subject) -> Check:
     if all(carries) and apart:
         return warned(
             name,
-            f"2 sides of a shared weight, {paths[0]} and {paths[1]}, carry an adapter each; merging "
-            "would add both to both",
-            "adapt(model), which leaves the head alone; or keep the adapters apart: save(model, path)",
+            f"2 sides of a shared weight, {paths[0]} and {paths[1]}, carry an adapter each; merge() writes 2 weights, "
+            "other tools would add both to both",
+            "adapt(model), which leaves the head alone; or merge(model, out), not model.merge_and_unload()",
         )
     if carries[0] != carries[1]:
         with_, without = paths[::-1] if carries[1] else paths
         return warned(
             name,
-            f"1 of 2 sides of a shared weight carries an adapter: {with_} does, {without} does not; merging would "
-            "change both",
-            "adapt(model), which leaves the head alone; or keep the adapter apart: save(model, path)",
+            f"1 of 2 sides of a shared weight carries an adapter: {with_} does, {without} does not; merge() writes 2 "
+            "weights, other tools would change both",
+            "adapt(model), which leaves the head alone; or merge(model, out), not model.merge_and_unload()",
         )
     if any(whole):
         own = listing(path for path, trained in zip(paths, whole, strict=True) if trained)

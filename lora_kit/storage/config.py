@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "adapter_config.json"
-_LARGEST = 1 << 22
+LARGEST = 1 << 22
+"""Bytes that a config may have."""
 _SECONDS = 0.5
 """Time that all patterns of a config may take together."""
 _FOLLOWED = {
@@ -54,7 +55,7 @@ def read(folder: Path, tensors: "dict[str, torch.Tensor]") -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CLASSES
 
     file = folder / NAME
-    content = read_json(file, _LARGEST)
+    content = read_json(file, LARGEST)
     word = content.get("peft_type")
     installed = sorted(getattr(key, "value", str(key)) for key in CLASSES)
     if not isinstance(word, str) or word not in list(CLASSES):

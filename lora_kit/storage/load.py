@@ -16,14 +16,13 @@ from lora_kit.errors import (
     OptionError,
     StorageError,
     WrongBaseError,
-    listing,
 )
 from lora_kit.messages import say
-from lora_kit.methods import METHODS, word_of
+from lora_kit.methods import word_of
 from lora_kit.methods.native import IN_THE_CACHE, as_named, refuse_checkpointing, refuse_later_checkpointing, wrap
 from lora_kit.rollback import rollback
 from lora_kit.storage import config as settings
-from lora_kit.storage import manifest, rows, stored, units
+from lora_kit.storage import manifest, rows, stored, units, whole
 from lora_kit.targets import PEFT_TASKS
 from lora_kit.types import Model
 
@@ -110,44 +109,10 @@ def load(
         raise OptionError(f"{folder} holds a whole model, which needs no base; leave base out: load({str(folder)!r}).")
     if rename is not None:
         raise OptionError(f"{folder} holds a whole model, whose names stay; leave rename={rename!r} out.")
-    model = _load_whole(root, facts, train=train, quantization=quantization, dtype=dtype, device=device)
+    model = whole.load_whole(root, facts, train=train, quantization=quantization, dtype=dtype, device=device)
+    model.lora_kit_record = _record(facts, model, "full", facts.get("base"))
     switch.enable(model, lean if train else False)
     return model
-
-
-def _load_whole(
-    folder: Path, facts: dict[str, Any], *, train: bool, quantization: Any, dtype: Any, device: str | None
-) -> Model:
-    config = bits.resolve(quantization)
-    source = base_models.examine(str(folder), task=facts.get("task"), dtype=dtype, device=device, model_kwargs=None)
-    if train:
-        METHODS["full"]().check(source.skeleton, [])
-        if config is not None:
-            raise OptionError("train=True with quantization on a whole model: quantized weights cannot be trained.")
-    model, missing = base_models.load(source, config, base_models.heads_of(source.skeleton))
-    if missing:
-        raise AdapterMismatchError(f"{folder} has no weights for {listing(missing)}; the model is not complete.")
-    if config is None:
-        _restore(model, folder)
-    model.requires_grad_(train)
-    model.train(train)
-    model.lora_kit_record = _record(facts, model, "full", facts.get("base"))
-    return model
-
-
-def _restore(model: Model, folder: Path) -> None:
-    """Copy again, in place, what transformers changed after reading the file (it zeroes the padding token's row)."""
-    import torch
-    from safetensors import safe_open
-
-    state = model.state_dict()
-    with torch.no_grad():
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as stored:
-                for name in set(stored.keys()) & set(state):
-                    value = stored.get_tensor(name)
-                    if value.shape == state[name].shape:
-                        state[name].copy_(value)
 
 
 def _load_adapter(
