@@ -233,6 +233,7 @@ def full_disk(folder: Path) -> dict[str, Any]:
     """Save onto 256 KiB, and under a limit of file size, what does not fit; then what was there must still load."""
     from lora_kit import adapt, load, save
     from lora_kit.errors import StorageError
+    from lora_kit.storage import save as saving
 
     small, large = adapt(base(), "lora", rank=2), adapt(base(), "lora", rank=32)
     found: dict[str, Any] = {}
@@ -244,7 +245,7 @@ def full_disk(folder: Path) -> dict[str, Any]:
             save(large, target)
         except StorageError as error:
             kept = {file.name: file.read_bytes() for file in target.iterdir()} == before
-            return f"refused, what was there {'is' if kept else 'is NOT'} as it was: {str(error)[:160]}"
+            return f"refused, what was there {'is' if kept else 'is NOT'} as it was: {str(error).partition('; ')[0]}"
         return "NOT refused"
 
     mount = folder / "small-disk"
@@ -255,6 +256,12 @@ def full_disk(folder: Path) -> dict[str, Any]:
     if mounted.returncode == 0:
         try:
             found["tmpfs of 256 KiB"] = attempt(mount / "adapter")
+            # and where the size is not known beforehand, so that the disk is full in the middle
+            known, saving.bytes_of = saving.bytes_of, lambda model: 0
+            try:
+                found["the same, found out while writing"] = attempt(mount / "adapter")
+            finally:
+                saving.bytes_of = known
             load(mount / "adapter", base())
         finally:
             subprocess.run(["umount", mount], check=True)

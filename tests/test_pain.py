@@ -126,6 +126,21 @@ def test_01_an_adapter_loaded_onto_nothing(saved, clearly):
         load(folder, path, rename={"languagemodel.": ""})
 
 
+def test_01_a_refused_load_leaves_a_base_unquantized(saved, clearly):
+    """Quantizing cannot be taken back, so what does not fit is found before."""
+    folder, _, _, _ = saved
+    config = tiny.llama().config
+    config.num_hidden_layers = 1
+    small = transformers.LlamaForCausalLM(config)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    with clearly(AdapterMismatchError, r"14 of 14 tensors .*without a place here"):
+        load(folder, small, quantization="4bit", allow_other_base=True)
+    assert {name: type(value) for name, value in small.named_parameters()} == dict.fromkeys(before, torch.nn.Parameter)
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    fitting = load(folder, tiny.build("llama"), quantization="4bit")
+    assert sum(type(p).__name__ == "Params4bit" for p in fitting.parameters()) == 14
+
+
 def test_01_half_a_file_does_not_fit(saved, clearly):
     folder, path, _, _ = saved
     rewrite(folder, lambda t: {k: v for k, v in t.items() if ".1." not in k})
@@ -587,7 +602,7 @@ def test_29_30_kill_9_while_saving_and_training(tmp_path):
     assert not any(saves[key] for key in ("unreadable", "mixed", "lost", "mixed for others"))
     assert training["kills"] >= 4 and training["failed resumes"] == 0 and training["other weights"] == 0
     for name, text in found["full disk"].items():
-        if name.startswith(("tmpfs", "files of")):
+        if name.startswith(("tmpfs", "the same", "files of")):
             assert "NOT" not in text and ("is as it was" in text or "not run" in text), text
     order = found["order"]
     if "order" not in order:

@@ -1,7 +1,7 @@
 """`load`: the one way back from a folder, whatever the method."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import copy
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from lora_kit import quantization as bits
 from lora_kit.adaptation import Record, count_parameters, main_dtype
 from lora_kit.errors import (
     AdapterMismatchError,
-    LoraKitError,
     OptionError,
     StorageError,
     WrongBaseError,
@@ -29,6 +28,7 @@ from lora_kit.types import Model
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import BitsAndBytesConfig
 
     from lora_kit.attention import Site
 
@@ -134,9 +134,26 @@ def _load_adapter(
     config.base_model_name_or_path = None  # PEFT notes the name of the base that it is put on
     brought = rows.read(folder) if facts.get("rows") else {}
     given = base if base is not None else recorded
-    model = _base_for(folder, facts, config, given, quantization, dtype, device)
-    with rollback(model), _as_mismatch(folder):
-        _refuse_other_base(facts, model, given, folder, tuple(brought), allow=allow_other_base)
+    fits = partial(
+        stored.or_refused,
+        AdapterMismatchError,
+        f"PEFT cannot put the adapter in {folder} on this model",
+        "load(path, base=...) with the base it was trained on",
+    )
+    quantized, source = _examined(folder, facts, config, given, quantization, dtype, device)
+    in_memory = source.path is None
+    if in_memory and quantized is not None:
+        with fits():
+            _refuse_other_base(facts, source.skeleton, given, folder, tuple(brought), allow=allow_other_base)
+            with suppress(_RehearsedError), rollback(source.skeleton):
+                # quantizing a base in memory cannot be taken back: see beforehand that the adapter fits
+                _make_room(source.skeleton, facts.get("embeddings"), tensors, brought, tell=False)
+                _wrapped(source.skeleton, copy.deepcopy(config), dict(facts), folder, tensors)
+                raise _RehearsedError
+    model, _ = base_models.load(source, quantized, base_models.heads_of(source.skeleton))
+    with rollback(model), fits():
+        if not in_memory or quantized is None:
+            _refuse_other_base(facts, model, given, folder, tuple(brought), allow=allow_other_base)
         _make_room(model, facts.get("embeddings"), tensors, brought)
         adapted = _wrapped(model, config, facts, folder, tensors)
         rows.put_back(model, brought)
@@ -148,19 +165,8 @@ def _load_adapter(
     return adapted
 
 
-@contextmanager
-def _as_mismatch(folder: Path) -> Iterator[None]:
-    """What PEFT raises when a config or a tensor does not go with a model, as one of our errors."""
-    try:
-        yield
-    except (LoraKitError, MemoryError):
-        raise
-    except Exception as error:  # PEFT's tuners check a config against a model each in its way
-        said = " ".join(str(error).split())[:300]
-        raise AdapterMismatchError(
-            f"PEFT cannot put the adapter in {folder} on this model ({type(error).__name__}: {said}). Nothing "
-            "was loaded. load(path, base=...) with the base it was trained on."
-        ) from error
+class _RehearsedError(Exception):
+    """Ends a rehearsal, so that it is rolled back."""
 
 
 def _wrapped(
@@ -210,7 +216,15 @@ def _refuse_other_base(
     came_from = str(given) if isinstance(given, str | Path) else getattr(model.config, "_name_or_path", None)
     recorded, now = known.get("files"), fingerprint.of_files(came_from)
     wrong, compared, matrices = fingerprint.differing(known.get("samples") or {}, model, without)
-    if recorded and now and recorded["layout"] == now["layout"] and recorded["content"] != now["content"]:
+    # what is in memory says more than the files that it once came from
+    decided = matrices and not isinstance(given, str | Path)
+    if (
+        recorded
+        and now
+        and recorded["layout"] == now["layout"]
+        and recorded["content"] != now["content"]
+        and not (decided and not wrong)
+    ):
         proof = f"the files' fingerprints are {recorded['content'][:8]} and {now['content'][:8]}"
     elif wrong:
         proof = f"{len(wrong)} of {compared} sampled tensors differ, such as {wrong[0]}"
@@ -266,7 +280,12 @@ def _compare_sites(wanted: list[Any], sites: "tuple[Site, ...]", model: Model) -
 
 
 def _make_room(
-    model: Model, embeddings: int | None, tensors: "dict[str, torch.Tensor]", brought: "dict[str, rows.Rows]"
+    model: Model,
+    embeddings: int | None,
+    tensors: "dict[str, torch.Tensor]",
+    brought: "dict[str, rows.Rows]",
+    *,
+    tell: bool = True,
 ) -> None:
     """Grow the base's embeddings, in place, to hold the new tokens that the adapter brings."""
     wanted = max([embeddings or 0, *(found.rows for found in brought.values())])
@@ -281,7 +300,9 @@ def _make_room(
             "trained on."
         )
     model.resize_token_embeddings(wanted)
-    say(f"the base has {now} token embeddings, the adapter was trained with {wanted}: {wanted - now} rows were added")
+    if tell:
+        said = f"the base has {now} token embeddings, the adapter was trained with {wanted}"
+        say(f"{said}: {wanted - now} rows were added")
 
 
 def _as_modules(config: Any, model: Model) -> None:
@@ -298,10 +319,10 @@ def _as_modules(config: Any, model: Model) -> None:
             pattern[plain[name]] = pattern.pop(name)
 
 
-def _base_for(
+def _examined(
     folder: Path, facts: dict[str, Any], config: Any, base: Any, quantization: Any, dtype: Any, device: str | None
-) -> Model:
-    """The base model, loaded or as given, quantized if asked."""
+) -> "tuple[BitsAndBytesConfig | None, base_models.Source]":
+    """How the base is to be quantized, and the base, not yet loaded."""
     from torch import nn
 
     if base is None:
@@ -317,8 +338,7 @@ def _base_for(
     source = base_models.examine(base, task=task, dtype=dtype, device=device, model_kwargs=kwargs)
     bits.check(source.skeleton, quantized)
     bits.try_out(quantized, base_models.device_of(source))
-    model, _ = base_models.load(source, quantized, base_models.heads_of(source.skeleton))
-    return model
+    return quantized, source
 
 
 def _record(facts: dict[str, Any], model: Model, word: str, base: str | None) -> Record:

@@ -1,15 +1,31 @@
 """The tensors of an adapter's file, and whether they are what a model has a place for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, listing
+from lora_kit.errors import AdapterMismatchError, LoraKitError, OptionError, StorageError, listing
 from lora_kit.types import Model
 
 if TYPE_CHECKING:
     import torch
 
 NAME = "adapter_model.safetensors"
+
+
+@contextmanager
+def or_refused(kind: type[StorageError], what: str, fix: str) -> Iterator[None]:
+    """Whatever another library raises over a file's content, as one of our errors; a lack of memory stays."""
+    import torch
+
+    try:
+        yield
+    except (LoraKitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each class checks itself in its own way, or fails where it first meets the mistake
+        said = " ".join(str(error).split())[:300]
+        raise kind(f"{what} ({type(error).__name__}: {said}). Nothing was loaded. {fix}.") from error
 
 
 def read(folder: Path) -> "dict[str, torch.Tensor]":

@@ -1,18 +1,17 @@
 """Models that were saved whole: checked against their own config before they are loaded."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lora_kit import base as base_models
 from lora_kit import fingerprint
 from lora_kit import quantization as bits
-from lora_kit.errors import AdapterMismatchError, LoraKitError, OptionError, StorageError, listing
+from lora_kit.errors import AdapterMismatchError, OptionError, StorageError, listing
 from lora_kit.messages import say
 from lora_kit.methods import METHODS
 from lora_kit.storage import config as settings
+from lora_kit.storage import stored
 from lora_kit.storage.manifest import read_json
 from lora_kit.types import Model
 
@@ -23,7 +22,9 @@ def load_whole(
     """A model that `save` or transformers wrote whole, to use or to go on training."""
     config = bits.resolve(quantization)
     _refuse_impossible(folder)
-    with _as_unreadable(folder):
+    with stored.or_refused(
+        StorageError, f"transformers cannot make a model of {folder}", "Take another copy, or save(model, path) again"
+    ):
         source = base_models.examine(str(folder), task=facts.get("task"), dtype=dtype, device=device, model_kwargs=None)
         if train:
             METHODS["full"]().check(source.skeleton, [])
@@ -45,23 +46,6 @@ def load_whole(
     model.requires_grad_(train)
     model.train(train)
     return model
-
-
-@contextmanager
-def _as_unreadable(folder: Path) -> Iterator[None]:
-    """What transformers raises over a config that it cannot build, as one of our errors."""
-    import torch
-
-    try:
-        yield
-    except (LoraKitError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a config's mistakes show wherever a model's code first meets them
-        said = " ".join(str(error).split())[:200]
-        raise StorageError(
-            f"transformers cannot make a model of {folder} ({type(error).__name__}: {said}). Nothing was loaded. Take "
-            "another copy of the folder, or save(model, path) again."
-        ) from error
 
 
 def _to_float32(model: Model) -> None:
