@@ -80,7 +80,7 @@ class Attempts:
             self.counts["accepted"] += 1
             self.model = base()
         except LoraKitError as error:
-            self.counts["no file named"] += file not in str(error) and self.folder.name not in str(error)
+            self.counts["no file named"] += file not in str(error)
             if len(self.modules) != sum(1 for _ in self.model.modules()):
                 self.counts["model changed"] += 1
                 self.model = base()

@@ -84,6 +84,20 @@ def test_finetune_and_merge(models, tmp_path):
     assert "rank 0" not in out
     out, _ = run("merge", tmp_path / "a", tmp_path / "merged")
     assert "of the adapter's effect" in out and (tmp_path / "merged" / "model.safetensors").exists()
+    out, _ = run("inspect", tmp_path / "a")
+    assert "whole, 6 files match their SHA-256" in out and "vLLM: ok with --enable-lora --max-lora-rank 8" in out
+    (tmp_path / "a" / "README.md").write_text("changed")
+    _, errors = run("inspect", tmp_path / "a", code=1)
+    assert "README.md does not match its recorded SHA-256" in errors
+
+
+def test_verify(models, tmp_path):
+    path = tiny.on_disk("llama", models)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3"}\n' * 30)
+    out, _ = run("verify", path, tmp_path / "rows.jsonl", "--options", "rank=4")
+    assert "✓ gradients        28 of 28 trained tensors have one" in out and "0 failed" not in out
+    out, _ = run("verify", path, tmp_path / "rows.jsonl", "--learning-rate", 50, code=1)
+    assert "✗ learning rate" in out and "param_groups(model)" in out
 
 
 def test_values_become_what_the_function_takes():
