@@ -647,6 +647,8 @@ def test_32_a_resume_that_is_none(models, tmp_path, clearly):
         finetune(path, rows, output=tmp_path, resume=str(plain), **RUN)
     with clearly(OptionError, r"resume=True: checkpoints lie below output, which is None"):
         finetune(path, rows, resume=True, **RUN)
+    with clearly(OptionError, r"save_every must be above 0, got 0"):
+        finetune(path, rows, output=tmp_path, **{**RUN, "save_every": 0})
 
 
 def _with_alpha(folder, alpha):

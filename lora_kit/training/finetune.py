@@ -257,10 +257,13 @@ def build_trainer(
     from lora_kit.lean.optimizer import AdamW
 
     limits = [("epochs", epochs, 0), ("batch_size", batch_size, 1), ("max_length", max_length, 2), ("keep", keep, 1)]
-    for name, value, least in [*limits, ("save_every", save_every or 1, 1)]:
+    for name, value, least in [*limits, ("save_every", 1 if save_every is None else save_every, 1)]:
         if isinstance(value, bool) or not value >= least or not value > 0:
             raise OptionError(
-                f"{name} must be above 0" + (f" and at least {least}" if least > 1 else "") + f", got {value!r}."
+                f"{name} must be above 0"
+                + (f" and at least {least}" if least > 1 else "")
+                + f", got {value!r}; such as "
+                f"{name}={least or 3}."
             )
     task = record_of(model).task
     if task is None:
@@ -291,7 +294,7 @@ def build_trainer(
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type != "cpu",
         "save_strategy": "no" if save_every is None else "steps",
-        "save_steps": save_every or 1,
+        "save_steps": 1 if save_every is None else save_every,
         "logging_strategy": "no",
         "report_to": "none",
         **training_defaults(model),
