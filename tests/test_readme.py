@@ -65,7 +65,9 @@ def test_reports_are_made_from_their_rows(folder):
 def test_the_commands_are_ci():
     commands = re.findall(r"```bash\n(.*?)\n```", README, re.S)
     assert len(commands) == 2
-    assert commands[0].endswith(".venv/bin/lora-kit compare") and commands[1].endswith("-m pytest -q -n 2 --dist loadfile")
+    assert commands[0].endswith(".venv/bin/lora-kit compare") and commands[1].endswith(
+        "-m pytest -q -n 2 --dist loadfile"
+    )
     assert all(
         c.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ") for c in commands
     )
