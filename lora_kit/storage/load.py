@@ -79,7 +79,7 @@ def load(
     switch.check(lean)
     folder = Path(path)
     if not folder.is_dir():
-        raise StorageError(f"{str(folder)!r} is no folder; pass what save(model, path) wrote.")
+        raise StorageError(f"{folder} is no folder; pass what save(model, path) wrote.")
     root = units.current(folder)
     if root != folder:
         say(f"{folder}: the process that saved last was stopped while it put the files in place; read from {root.name}")
