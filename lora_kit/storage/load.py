@@ -161,6 +161,8 @@ def _load_adapter(
         adapted.requires_grad_(False)
     adapted.train(train)
     name = base if isinstance(base, str | Path) else getattr(model.config, "_name_or_path", None) or recorded
+    if allow_other_base:  # saved again, it belongs on this one
+        facts = {**facts, "fingerprint": {}}
     adapted.lora_kit_record = _record(facts, adapted, word_of(config), str(name) if name else None)
     return adapted
 

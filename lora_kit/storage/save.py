@@ -84,8 +84,9 @@ def unwrapped(model: Model) -> Model:
 
 
 def bytes_of(model: Model) -> int:
-    """Bytes that the tensors of a save will have."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _to_be_saved(model).values())
+    """Bytes that the tensors of a save will have; what is tied is written once."""
+    places = {(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in _to_be_saved(model).values()}
+    return sum(places.values())
 
 
 def _to_be_saved(model: Model) -> "dict[str, torch.Tensor]":
