@@ -2,6 +2,10 @@
 
 Named after the failures that users of today's tools report. `refused` keeps every message, and the last test asks of
 each that it says what happened, the number or name that proves it, and the line to write instead.
+
+Out of reach here, or in part: 28, a base whose only weights are pickles is read by transformers, what is tested is the
+planned peak of loading; 39 and 40, a missing CUDA library and a second device are simulated, since there is no GPU; 41
+and 42, vLLM and llama.cpp are not run, their rules are from their sources.
 """
 
 import json
