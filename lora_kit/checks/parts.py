@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lora_kit.adaptation import base_of, record_of
+from lora_kit.checks.tokens import IGNORED
 from lora_kit.errors import UnsupportedError
 from lora_kit.types import Model
 
-IGNORED = -100
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 """What has a column for each token, and can lose those columns that are padding in every row."""
 _STRETCHED = ("dynamic", "longrope")

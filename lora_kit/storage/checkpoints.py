@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_kit import fingerprint
 from lora_kit.adaptation import record_of
 from lora_kit.errors import ResumeError, StorageError, WrongBaseError, listing
 from lora_kit.messages import say
@@ -187,11 +188,12 @@ def _write_the_rest(model: Model, folder: Path) -> None:
     """What transformers writes under names of its own, or not at all, under the model's names beside it."""
     from safetensors.torch import save_file
 
-    written = {name: tensor.shape for name, tensor in _whole_in(folder).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    written = {name: tuple(shape) for file in files for name, _, shape, *_ in fingerprint.tensors_in(file)}
     rest = {
         names[0]: tensor.detach().cpu().clone()
         for names, tensor in _by_storage(model)
-        if not any(written.get(name) == tensor.shape for name in names)
+        if not any(written.get(name) == tuple(tensor.shape) for name in names)
     }
     if rest:
         save_file(rest, folder / _REST)

@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import math
 import re
+import time
 import types
 import typing
 from collections.abc import Iterable
@@ -156,12 +157,12 @@ def resolve_patterns(config: Any, names: list[str], tensors: Iterable[str], fold
     PEFT would run them as regular expressions, and one in a file can be written so that it never ends. Modules that
     it would copy to train them whole must have their tensors in the file.
     """
-    changed = False
+    changed, until = False, time.monotonic() + _SECONDS
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field, None)
         if not isinstance(pattern, str) or pattern == "all-linear":
             continue
-        found = _matching(pattern, names, folder, field)
+        found = _matching(pattern, names, folder, field, until)
         if not found and field == "target_modules":
             raise StorageError(
                 f"{folder / NAME}: target_modules = {_short(pattern)} matches none of the {len(names)} modules of this "
@@ -175,7 +176,7 @@ def resolve_patterns(config: Any, names: list[str], tensors: Iterable[str], fold
             continue
         resolved: dict[str, Any] = {}
         for key, value in patterns.items():
-            for name in _matching(rf"(.*\.)?({key})", names, folder, field):
+            for name in _matching(rf"(.*\.)?({key})", names, folder, field, until):
                 resolved.setdefault(name, value)
         setattr(config, field, resolved)
     for field in ("modules_to_save", "layers_pattern", "feedforward_modules"):
@@ -196,16 +197,16 @@ def resolve_patterns(config: Any, names: list[str], tensors: Iterable[str], fold
     return changed
 
 
-def _matching(pattern: str, names: list[str], folder: Path, field: str) -> list[str]:
+def _matching(pattern: str, names: list[str], folder: Path, field: str, until: float) -> list[str]:
     import regex  # re has no timeout
 
     why = f"is longer than 10,000 characters ({len(pattern):,})"
     if len(pattern) <= 10_000:
         try:
             compiled = regex.compile(pattern)
-            return [name for name in names if compiled.fullmatch(name, timeout=_SECONDS)]
+            return [n for n in names if compiled.fullmatch(n, timeout=max(until - time.monotonic(), 1e-6))]
         except TimeoutError:
-            why = f"takes more than {_SECONDS} s to match one name"
+            why = f"takes more than {_SECONDS} s to match this model's names"
         except (regex.error, RecursionError) as error:
             why = f"is no regular expression ({error})"
     raise StorageError(

@@ -11,6 +11,8 @@ from lora_kit import sharing
 from lora_kit.adaptation import record_of
 from lora_kit.errors import CannotMergeError, OptionError
 from lora_kit.messages import say
+from lora_kit.storage import config as settings
+from lora_kit.storage import stored, units
 from lora_kit.storage.load import load
 from lora_kit.storage.rounding import in_float32, merge_layers_, unloaded
 from lora_kit.storage.save import save, save_with, write_tokenizer
@@ -170,12 +172,9 @@ def _from_folder(folder: Path, base: Any) -> "tuple[Model, torch.dtype, str | No
     import torch
     from torch import nn
 
-    if (folder / "adapter_config.json").exists():
-        from peft import PeftConfig
-
-        config = PeftConfig.from_pretrained(str(folder))
-        if config.is_prompt_learning:
-            _refuse_prefix("prefix")
+    root = units.current(folder)
+    if (root / settings.NAME).exists() and settings.read(root, stored.read(root)).is_prompt_learning:
+        _refuse_prefix("prefix")
     if isinstance(base, nn.Module):
         record = record_of(base)
         if record.quantization != "16bit":

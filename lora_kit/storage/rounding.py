@@ -25,12 +25,12 @@ def merge_layers_(adapted: Model, dtype: "torch.dtype | None") -> dict[str, floa
         for path, layer in adapted.named_modules():
             if not isinstance(layer, BaseTunerLayer) or not hasattr(layer, "merge"):
                 continue
-            weights = dict(layer.get_base_layer().named_parameters(recurse=False))
-            kept = {name: weight.detach().clone() for name, weight in weights.items()}
+            weights = layer.get_base_layer().named_parameters(recurse=False)
+            kept = {name: weight.detach().clone() for name, weight in weights}
             layer.float()
             layer.merge(safe_merge=True)
             lost = update = 0.0
-            for name, weight in dict(layer.get_base_layer().named_parameters(recurse=False)).items():
+            for name, weight in layer.get_base_layer().named_parameters(recurse=False):
                 if name not in kept:
                     continue
                 before, exact = kept[name], weight.detach()

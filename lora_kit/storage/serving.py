@@ -5,7 +5,6 @@ with another model. Rules as of vLLM 0.27 (`vllm/lora/peft_helper.py`, `vllm/con
 `convert_lora_to_gguf.py` in 2026; neither was run here.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +56,14 @@ def check_serving(path: str | Path) -> Serving:
         )
     facts = manifest.facts(folder)
     tensors = stored.read(folder)
-    content: dict[str, Any] = manifest.read_json(folder / settings.NAME, 1 << 22)
+    content: dict[str, Any] = manifest.read_json(folder / settings.NAME, settings.LARGEST)
     kind = str(content.get("peft_type"))
     if kind != "LORA":
         why = (f"it is {kind}, and only LoRA is served",)
         return Serving(Path(path), why, "", why, not settings.read(folder, tensors).is_prompt_learning)
 
     rank = int(content.get("r") or 0)
-    uneven = sorted({json.dumps(v) for v in {**(content.get("rank_pattern") or {})}.values()} - {json.dumps(rank)})
+    uneven = sorted({str(other) for other in (content.get("rank_pattern") or {}).values()} - {str(rank)})
     both: list[str] = []
     whole = sorted({name for name in tensors if ".lora_" not in name})
     if content.get("use_dora"):

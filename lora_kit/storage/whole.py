@@ -70,9 +70,9 @@ def _restore(model: Model, folder: Path) -> None:
     state = model.state_dict()
     with torch.no_grad():
         for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as stored:
-                for name in set(stored.keys()) & set(state):
-                    value = stored.get_tensor(name)
+            with safe_open(file, framework="pt") as opened:
+                for name in set(opened.keys()) & set(state):
+                    value = opened.get_tensor(name)
                     if value.shape == state[name].shape:
                         state[name].copy_(value)
 
