@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_kit.lean.device import kind_of
+from lora_kit.lean.dropped_attention import Instead
 from lora_kit.lean.elementwise import gated, product
 from lora_kit.lean.instances import original_class
 from lora_kit.lean.linear_loss import Head
@@ -212,6 +214,27 @@ class LeanGatedMLP(_Before):
             return down(_made_from(h, source))
         g, u = gate.halves(maps, x)
         return down(_made_from(gated(g, u, act), Source(functools.partial(product, act), (g, u))))
+
+
+# ---- attention
+
+
+class LeanAttention:
+    """For modules that compute attention with dropout."""
+
+    @staticmethod
+    def wrapped(cls: Any) -> dict[str, Any]:
+        @functools.wraps(cls.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.training or not torch.is_grad_enabled() or _compiling():
+                return cls.forward(self, *args, **kwargs)
+            first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            if first is None or kind_of(first) != "cpu":
+                return cls.forward(self, *args, **kwargs)
+            with Instead():
+                return cls.forward(self, *args, **kwargs)
+
+        return {"forward": forward}
 
 
 # ---- RMSNorm

@@ -6,6 +6,7 @@ there. One module of each kind (class, sizes, settings) is asked, the others are
 """
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.lean.rms_norm import rms_norm
+
+ATTENTION = {"ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention"}
+"""What a forward names that calls torch's attention."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,25 @@ def norms(model: nn.Module) -> dict[str, Norm]:
 def activations(model: nn.Module) -> list[str]:
     """Paths of modules that apply a function entry by entry."""
     return list(_found(model, _could_be_activation, _entrywise))
+
+
+def attentions(model: nn.Module) -> list[str]:
+    """Paths of modules that call torch's attention, by themselves or through transformers' interface, with dropout."""
+    return [path for path, module in model.named_modules() if _calls_attention(module) and _drops(module)]
+
+
+def _calls_attention(module: nn.Module) -> bool:
+    chosen = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+    if "forward" in vars(module) or not str(chosen).endswith("sdpa"):
+        return False
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and not ATTENTION.isdisjoint(code.co_names)
+
+
+def _drops(module: nn.Module) -> bool:
+    shares = [part.p for part in module.children() if isinstance(part, nn.Dropout)]
+    shares += [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+    return any(share > 0 for share in shares)
 
 
 def _found(model: nn.Module, candidate: Callable[[Any], Any], recognize: Callable[[Any], Any]) -> dict[str, Any]:

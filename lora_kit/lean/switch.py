@@ -33,6 +33,8 @@ class Report:
     """Whether it is their input alone."""
     activations: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    """Attention with dropout, for as long as it is on a CPU."""
     loss: str | None = None
     """Path of the output head whose logits wait."""
 
@@ -44,6 +46,7 @@ class Report:
             gated: self.gated,
             "activations": self.activations,
             "norms": self.norms,
+            "attentions with dropout": self.attention,
         }
         parts = [f"{len(paths)} {what}" for what, paths in counts.items() if paths]
         parts += ["loss in chunks"] * (self.loss is not None)
@@ -58,8 +61,9 @@ def enable(model: nn.Module, mode: bool | str = True, *, z_loss: float = 0.0) ->
     """Make the training step of this model lean, in place; the numbers stay those of the modules' own forwards.
 
     LoRA layers keep one 16-bit input between them; gated MLPs keep gate and up; RMS norms their 16-bit input;
-    activations their input; the loss is computed a few rows at a time. In evaluation, under `torch.compile`, and
-    wherever a part is not what it was (another adapter active, a hook set), the modules' own forwards run.
+    activations their input; attention with dropout on a CPU its weights once; the loss is computed a few rows at a
+    time. In evaluation, under `torch.compile`, and wherever a part is not what it was (another adapter active, a hook
+    set), the modules' own forwards run.
 
     Args:
         model: as `adapt` or PEFT returned it, or transformers' own.
@@ -92,6 +96,7 @@ def enable(model: nn.Module, mode: bool | str = True, *, z_loss: float = 0.0) ->
     gates = recognition.gates(base)
     norms = recognition.norms(base)
     in_gates = {f"{path}.{gate.act}" for path, gate in gates.items()}
+    attention = recognition.attentions(base)
     acts = [path for path in recognition.activations(base) if path not in in_gates]
     for path in linear:
         swap(base.get_submodule(path), layers.LeanLora)
@@ -103,9 +108,18 @@ def enable(model: nn.Module, mode: bool | str = True, *, z_loss: float = 0.0) ->
         _settle(base.get_submodule(path), layers.LeanRMSNorm, norm)
     for path in acts:
         swap(base.get_submodule(path), layers.LeanActivation)
-    loss = _loss(base, z_loss)
+    for path in attention:
+        swap(base.get_submodule(path), layers.LeanAttention)
     return Report(
-        tuple(linear), tuple(stacks), left, tuple(gates), mode == "low-memory", tuple(acts), tuple(norms), loss
+        tuple(linear),
+        tuple(stacks),
+        left,
+        tuple(gates),
+        mode == "low-memory",
+        tuple(acts),
+        tuple(norms),
+        tuple(attention),
+        _loss(base, z_loss),
     )
 
 
