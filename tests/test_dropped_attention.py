@@ -120,6 +120,21 @@ def drawn(function):
     return same_draws
 
 
+@pytest.mark.parametrize("shape", [(BATCH, 1, 13, 13), (1, HEADS, 13, 13), (13, 13), (BATCH, 1, 1, 13)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_bias_that_is_trained(dtype, shape):
+    """As T5's, one for each head, with the padding in it."""
+    given = states(13, 13, dtype)
+    bias = torch.linspace(-1, 2, torch.Size(shape).numel(), dtype=dtype).cos().view(shape)
+    bias = bias.masked_fill(torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.2, -torch.inf)
+    bias.requires_grad_()
+    found, wanted = (
+        torch.autograd.grad(drawn(function)(*given, bias, 0.3).cos().sum(), (*given, bias))
+        for function in (attention, scaled_dot_product_attention)
+    )
+    assert max(distances(found, wanted)) <= TOLERANCES[dtype]
+
+
 def kept_bytes(function, given, mask):
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -143,11 +158,9 @@ def test_five_bytes_a_pair():
 def test_torch_keeps_what_is_not_ours():
     query, key, value = states(13, 13)
     assert can_attend(query, key, value, None, 0.3)
-    trained = torch.zeros(13, 13, dtype=torch.float64, requires_grad=True)
     for arguments in (
         (query, key, value, None, 0.0),
         (query, key, value, None, 1.0),
-        (query, key, value, trained, 0.3),
         (query, key, value, masks(13, 13)["boolean"], 0.3, True),
         (query, key[:, :1], value[:, :1], None, 0.3, False, None, True),
         (query[0], key[0], value[0], None, 0.3),
@@ -203,10 +216,17 @@ def bart():
     return transformers.BartForConditionalGeneration(config)
 
 
-OTHERS = {"distilbert": (distilbert, "bert"), "bart": (bart, "llama")}
+def t5():
+    config = transformers.T5Config(
+        vocab_size=models.WORDS, d_model=48, d_kv=12, d_ff=80, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix"])
+OTHERS = {"distilbert": (distilbert, "bert"), "bart": (bart, "llama"), "t5": (t5, "llama")}
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "full"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(name, method):
     """Masks, cross attention, a prefix in front: the same loss and gradients as without the lean step."""

@@ -53,7 +53,7 @@ def can_attend(
         return False
     if attn_mask is None:
         return True
-    return not is_causal and _plain(attn_mask) and not attn_mask.requires_grad and attn_mask.dim() >= 2
+    return not is_causal and _plain(attn_mask) and attn_mask.dim() >= 2
 
 
 def attention(
@@ -69,7 +69,8 @@ def attention(
     """`torch.nn.functional.scaled_dot_product_attention` for what `can_attend` takes.
 
     Queries are (batch, heads, tokens, width), keys (batch, heads, keys, width), values (batch, heads, keys, any); the
-    mask is boolean, True where a key is seen, or added to the scores. A query that sees no key gets zeros.
+    mask is boolean, True where a key is seen, or added to the scores (T5 trains one). A query that sees no key gets
+    zeros.
     """
     if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
@@ -98,20 +99,22 @@ class _Attention(Function):
             found = torch.bmm(_flat(weights * seen), _exact(value)).view(batch, heads, tokens, -1).mul_(factor)
         ctx.save_for_backward(query, key, value, weights, seen, factor)
         ctx.scale = scale
+        if mask is not None:
+            ctx.mask_shape, ctx.mask_dtype = mask.shape, mask.dtype
         return _like(query, found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple:
         query, key, value, weights, seen, factor = ctx.saved_tensors
-        need_query, need_key, need_value = ctx.needs_input_grad[:3]
-        by_query = by_key = by_value = None
+        need_query, need_key, need_value, need_mask = ctx.needs_input_grad[:4]
+        by_query = by_key = by_value = by_mask = None
         with torch.autocast("cpu", enabled=False):
             # what dropout multiplies by, and the zero of a query without keys, are for a whole row: cheaper here
             upstream = _flat(_exact(upstream).view(upstream.shape).mul(factor))
             if need_value:
                 by_value = _like(value, torch.bmm(_flat(weights * seen).mT, upstream))
-            if need_query or need_key:
+            if need_query or need_key or need_mask:
                 by_weights = torch.bmm(upstream, _exact(value).mT).view(weights.shape).mul_(seen)
                 by_scores = _flat(_softmax_backward(by_weights, weights))
                 del by_weights
@@ -119,7 +122,9 @@ class _Attention(Function):
                 by_query = _like(query, torch.bmm(by_scores, _exact(key)).mul_(ctx.scale))
             if need_key:
                 by_key = _like(key, torch.bmm(by_scores.mT, _exact(query)).mul_(ctx.scale))
-        return by_query, by_key, by_value, None, None, None
+            if need_mask:
+                by_mask = by_scores.view(weights.shape).sum_to_size(ctx.mask_shape).to(ctx.mask_dtype)
+        return by_query, by_key, by_value, by_mask, None, None
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype, kept: float) -> tuple[Tensor | None, Tensor]:
