@@ -22,7 +22,8 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ CHECKS = {
     "every adapter": "every adapter whose weight would get a gradient in full fine-tuning gets one",
     "evaluation": "an evaluation in the middle changes no gradient",
     "checkpointing": "with checkpointing the gradients equal those without (1e-3), where transformers has it",
-    "lean": "with the lean step off, and in its low-memory form, the same gradients (1e-3; 4 and 8 bit 3e-2)",
+    "lean": "with the lean step off, low-memory, and with dropout in both, the same gradients (1e-3; 4 and 8 bit 3e-2)",
     "coverage": "95 % of the language model's matmul weights adapted, or a stated reason for each that is not",
     "quantized": "in 4 and 8 bit: 90 % of the matmul weights quantized, or a stated reason for each that is not",
     "plain PEFT": "a prefix that is said to be readable by plain PEFT gives equal logits there (1e-4)",
@@ -337,6 +338,12 @@ class Cell:
         for form in (False, "low-memory", True):
             enable(model, form)
             found.append(_distance(first, self._gradient(model, trained)))
+        with _dropping(model):
+            enable(model, False)
+            dropped = self._gradient(model, trained)
+            enable(model, True)
+            found.append(_distance(dropped, self._gradient(model, trained)))
+        enable(model, True)
         self.row["lean_difference"] = max(found)
         self.check("lean", max(found) <= 10 * noise + (3e-2 if _bits(self.mode) else 1e-3))
 
@@ -457,6 +464,27 @@ def _checkpoint(model: Any, on: bool) -> None:
     word = "enable" if on else "disable"
     old = getattr(model, f"gradient_checkpointing_{word}")
     getattr(model, f"activation_checkpointing_{word}", old)()
+
+
+def _drops(name: str) -> bool:
+    return "drop" in name and "layer" not in name and "path" not in name
+
+
+@contextmanager
+def _dropping(model: Any, share: float = 0.1) -> Iterator[None]:
+    """Dropout, which the tiny configs switch off, is on inside: torch's modules and numbers that modules have of it."""
+    before: list[tuple[Any, str, float]] = []
+    for module in model.modules():
+        names = ["p"] if isinstance(module, torch.nn.Dropout) else []
+        names += [name for name, value in vars(module).items() if isinstance(value, float) and _drops(name)]
+        before += [(module, name, getattr(module, name)) for name in names]
+    try:
+        for module, name, _ in before:
+            setattr(module, name, share)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
