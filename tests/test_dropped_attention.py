@@ -224,6 +224,7 @@ def t5():
 
 
 OTHERS = {"distilbert": (distilbert, "bert"), "bart": (bart, "llama"), "t5": (t5, "llama")}
+COUNTS = {"distilbert": 2, "bart": 6, "t5": 6}
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])
@@ -234,10 +235,12 @@ def test_other_models(name, method):
     found = []
     for lean in (False, True):
         torch.manual_seed(0)
-        model = adapt(make(), method, lean=lean)
+        base = make()
+        model = adapt(base, method, lean=lean)
         if lean:
             report = enable(model)
-            assert len(report.attention) == (2 if name == "distilbert" else 6)
+            # T5 wrote its attention out by hand once
+            assert len(report.attention) == (COUNTS[name] if base._supports_sdpa else 0)
         found.append(models.step(model, models.batch(like)))
     assert models.overall(found[1], found[0]) <= 2e-6
     assert abs(found[1][0] - found[0][0]) <= 2e-6 * found[0][0]
