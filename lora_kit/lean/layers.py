@@ -195,9 +195,9 @@ class LeanGatedMLP(_Before):
     """For `down(act(gate(x)) · up(x))`; its settings are a `Gate` of `recognition`."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        gate, recompute = vars(self)[SETTINGS]
         if args or kwargs or _compiling() or not torch.is_grad_enabled():
             return super().forward(x, *args, **kwargs)
+        gate, recompute = vars(self)[SETTINGS]  # torch 2.8's compiler cannot follow `vars`
         act, down = getattr(self, gate.act), getattr(self, gate.down)
         maps = [getattr(self, name) for name in gate.into]
         parameters = tuple(p for m in maps for p in m.parameters() if p.requires_grad)
