@@ -1,10 +1,14 @@
-"""Which kind of device a tensor is on, or is to be thought on while a step for another device is simulated."""
+"""Which kind of device a tensor is on, or is to be thought on while a step for another device is simulated.
+
+And whether it is a tensor like any other, or simulated, and not one of a class with ideas of its own.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _planned: ContextVar[str | None] = ContextVar("planned device", default=None)
 
@@ -12,6 +16,11 @@ _planned: ContextVar[str | None] = ContextVar("planned device", default=None)
 def kind_of(tensor: Tensor) -> str:
     """`"cpu"`, `"cuda"` and so on."""
     return _planned.get() or tensor.device.type
+
+
+def is_plain(tensor: Any) -> bool:
+    kind = type(tensor)
+    return kind in (Tensor, nn.Parameter) or kind.__module__ == "torch._subclasses.fake_tensor"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lora_kit.lean.device import kind_of
+from lora_kit.lean.device import is_plain, kind_of
 
 VECTOR = 16
 """Float32 numbers in a register. torch's softmax over fewer takes them one by one, several times slower."""
@@ -46,14 +46,14 @@ def can_attend(
     states = (query, key, value)
     if not 0 < dropout_p < 1 or kind_of(query) != "cpu" or not any(t.requires_grad for t in states):
         return False
-    if not all(_plain(t) and t.dim() == 4 and t.is_floating_point() and t.numel() for t in states):
+    if not all(is_plain(t) and t.dim() == 4 and t.is_floating_point() and t.numel() for t in states):
         return False
     fits = key.shape[:2] == value.shape[:2] == query.shape[:2] and key.shape[3] == query.shape[3]
     if not fits or key.shape[2] != value.shape[2] or not query.dtype == key.dtype == value.dtype:
         return False
     if attn_mask is None:
         return True
-    return not is_causal and _plain(attn_mask) and attn_mask.dim() >= 2
+    return not is_causal and is_plain(attn_mask) and attn_mask.dim() >= 2
 
 
 def attention(
@@ -172,8 +172,3 @@ def _like(states: Tensor, result: Tensor) -> Tensor:
     strides = (heads * tokens * width, width, heads * width, 1)
     made = torch.empty_strided((batch, heads, tokens, width), strides, dtype=states.dtype, device=states.device)
     return made.copy_(result.view(made.shape))
-
-
-def _plain(tensor: Any) -> bool:
-    kind = type(tensor)
-    return kind in (Tensor, torch.nn.Parameter) or kind.__module__ == "torch._subclasses.fake_tensor"

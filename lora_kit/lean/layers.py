@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_kit.lean.device import kind_of
+from lora_kit.lean.device import is_plain, kind_of
 from lora_kit.lean.dropped_attention import Instead
 from lora_kit.lean.elementwise import gated, product
 from lora_kit.lean.instances import original_class
@@ -41,9 +41,7 @@ def _compiling() -> bool:
 
 def _whole(weight: Any) -> bool:
     """Whether all of a weight lies here (or is simulated): not sharded, not offloaded, not gathered while it runs."""
-    kind = type(weight)
-    plain = kind in (nn.Parameter, Tensor) or kind.__module__ == "torch._subclasses.fake_tensor"
-    return plain and not weight.is_meta and not hasattr(weight, "ds_id")
+    return is_plain(weight) and not weight.is_meta and not hasattr(weight, "ds_id")
 
 
 def _bare(module: nn.Module) -> bool:
