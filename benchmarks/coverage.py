@@ -341,6 +341,7 @@ class Cell:
         with _dropping(model):
             enable(model, False)
             dropped = self._gradient(model, trained)
+            noise = max(noise, _distance(dropped, self._gradient(model, trained)))  # Reformer draws seeds of its own
             enable(model, True)
             found.append(_distance(dropped, self._gradient(model, trained)))
         enable(model, True)

@@ -570,15 +570,42 @@ class OddMLP(nn.Module):
             return self.down_proj(self.act_fn(g) * u) * 2
         if self.twist == "plus one":
             return self.down_proj(self.act_fn(g) * (u + 1))
+        if self.twist == "dropped":
+            return functional.dropout(self.down_proj(self.act_fn(g) * u), 0.1, self.training)
         return self.down_proj(self.act_fn(g) * u)
 
 
 def test_gates_are_known_by_what_they_compute():
     from lora_kit.lean.recognition import gates
 
-    found = gates(nn.ModuleDict({twist: OddMLP(twist) for twist in ("as it is", "swapped", "doubled", "plus one")}))
-    assert set(found) == {"as it is", "swapped"}
-    assert found["swapped"].into == ("up_proj", "gate_proj")
+    twists = ("as it is", "swapped", "doubled", "plus one", "dropped")
+    for training in (True, False):
+        mlps = nn.ModuleDict({twist: OddMLP(twist) for twist in twists}).train(training)
+        found = gates(mlps)
+        assert set(found) == {"as it is", "swapped"}
+        assert found["swapped"].into == ("up_proj", "gate_proj")
+        assert all(module.training == training for module in mlps.modules())
+
+
+def test_dropout_in_a_line_of_its_own_is_kept():
+    """Seed-OSS drops a share of each MLP's result, where no module shows it."""
+    config = transformers.SeedOssConfig(
+        vocab_size=models.WORDS,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        residual_dropout=0.3,
+        attention_dropout=0.3,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = adapt(transformers.SeedOssForCausalLM(config), "lora", rank=3, lean=False)
+    plain = models.step(model, models.batch("llama"))
+    assert enable(model).gated == ()
+    assert models.distance(models.step(model, models.batch("llama")), plain) <= TOLERANCE
 
 
 def test_norms_are_known_by_what_they_compute():
