@@ -168,6 +168,8 @@ def test_torch_keeps_what_is_not_ours():
         (*(t.detach() for t in (query, key, value)), None, 0.3),
         (query.float(), key, value, None, 0.3),
         (query[:, :, :0], key, value, None, 0.3),
+        (query, key, value, torch.ones(13, 14, dtype=torch.bool), 0.3),
+        (query, key, value, torch.ones(2, 1, 13, 13, dtype=torch.bool), 0.3),
     ):
         assert not can_attend(*arguments)
     with Instead():

@@ -53,7 +53,10 @@ def can_attend(
         return False
     if attn_mask is None:
         return True
-    return not is_causal and is_plain(attn_mask) and attn_mask.dim() >= 2
+    if is_causal or not is_plain(attn_mask) or not 2 <= attn_mask.dim() <= 4:
+        return False
+    whole = (*query.shape[:3], key.shape[2])
+    return all(found in (1, size) for found, size in zip(attn_mask.shape[::-1], whole[::-1], strict=False))
 
 
 def attention(
