@@ -1,4 +1,4 @@
-"""Does the lean step train the same, and how much sooner? A real encoder on real sentences, three seeds.
+"""Does the lean step train the same, and how much sooner? A real encoder on real sentences, several seeds.
 
     python benchmarks/lean_training.py --data DATA/sst2 --output benchmarks/results/lean_training
 
