@@ -259,13 +259,11 @@ def test_models_without_dropout_or_with_another_attention_are_left():
 
 def test_evaluation_is_torchs_own():
     model = models.adapted("bert", lean=True).eval()
-    names = set()
-    for tensor in (model(**models.batch("bert")).logits,):
-        pending = [tensor.grad_fn]
-        while pending:
-            node = pending.pop()
-            names.add(type(node).__name__)
-            pending += [step for step, _ in node.next_functions if step is not None]
+    names, pending = set(), [model(**models.batch("bert")).logits.grad_fn]
+    while pending:
+        node = pending.pop()
+        names.add(type(node).__name__)
+        pending += [step for step, _ in node.next_functions if step is not None]
     assert not any("_Attention" in name for name in names)
 
 

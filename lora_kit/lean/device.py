@@ -1,7 +1,4 @@
-"""Which kind of device a tensor is on, or is to be thought on while a step for another device is simulated.
-
-And whether it is a tensor like any other, or simulated, and not one of a class with ideas of its own.
-"""
+"""Which kind of device a tensor is on, or is to be thought on while a step for another device is simulated."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ def kind_of(tensor: Tensor) -> str:
 
 
 def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor like any other, or a simulated one, and of no class with ideas of its own."""
     kind = type(tensor)
     return kind in (Tensor, nn.Parameter) or kind.__module__ == "torch._subclasses.fake_tensor"
 

@@ -134,11 +134,12 @@ def _bias(mask: Tensor | None, dtype: torch.dtype, kept: float) -> tuple[Tensor 
     """What is added to the scores, and what the result is multiplied by: `kept`, or 0 for a query that sees nothing."""
     if mask is None:
         return None, torch.tensor(kept, dtype=dtype, device="cpu")
-    hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
-    nothing = hidden.all(-1, keepdim=True)
-    bias = torch.zeros_like(mask, dtype=dtype) if mask.dtype == torch.bool else mask.to(dtype, copy=True)
-    # all of a row at -inf would be no number
-    bias = bias.masked_fill_(hidden, -math.inf).masked_fill_(nothing, 0.0)
+    if mask.dtype == torch.bool:
+        bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+    else:
+        bias = mask.to(dtype, copy=True)
+    nothing = (bias == -math.inf).all(-1, keepdim=True)
+    bias.masked_fill_(nothing, 0.0)  # all of a row at -inf would be no number
     return bias, torch.full_like(nothing, kept, dtype=dtype).masked_fill_(nothing, 0.0)
 
 

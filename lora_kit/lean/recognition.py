@@ -109,11 +109,20 @@ def _kind(module: nn.Module) -> tuple:
 
 
 def _asked(module: nn.Module, recognize: Callable[[Any], Any]) -> Any:
-    """The answer of `recognize` for a copy of the module without its parts' weights; None where it raises."""
+    """The answer of `recognize` for the module; None where it is another in training than in evaluation.
+
+    As where a part of the result is dropped in training, in a line of the forward's own.
+    """
     if "forward" in vars(module):
         return None
+    answers = [_answer(module, recognize, training) for training in (False, True)]
+    return answers[0] if answers[0] == answers[1] else None
+
+
+def _answer(module: nn.Module, recognize: Callable[[Any], Any], training: bool) -> Any:
+    """The answer for a copy of the module without its parts' weights; None where it raises."""
     twin = copy.copy(module)
-    vars(twin).update(_modules=dict(module._modules), _parameters=dict(module._parameters), training=False)
+    vars(twin).update(_modules=dict(module._modules), _parameters=dict(module._parameters), training=training)
     try:
         with torch.no_grad(), torch.random.fork_rng([]):
             torch.manual_seed(0)
@@ -164,8 +173,7 @@ def _gate(module: nn.Module) -> Gate | None:
         g, u = candidate.halves([maps[name] for name in candidate.into], x)
         found = maps[candidate.down](getattr(module, candidate.act)(g) * u)
         if torch.equal(found, module.forward(x)):
-            module.training = True  # some drop a part of the result then, in a line of their own
-            return candidate if torch.equal(found, module.forward(x)) else None
+            return candidate
     return None
 
 
@@ -217,5 +225,5 @@ def _entrywise(module: nn.Module) -> bool:
         return False
     order = torch.randperm(x.numel())
     mixed = module(x.flatten()[order].view_as(x))
-    module.training = True  # some are random then
+    # some are random
     return torch.equal(mixed, y.flatten()[order].view_as(x)) and torch.equal(module(x), y)
